@@ -1,0 +1,96 @@
+"""model.json and manifest.json are read strictly: a bad value or a changed file is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from triton_backend import version_folder
+from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.errors import VersionFolderError
+
+pytestmark = pytest.mark.unit
+
+CONFIG = VersionConfig(
+    ModelConfig(
+        "LlamaForCausalLM", "llama", 100, 64, (LayerConfig(2, 16),), 10, (1,), generation_defaults={"top_k": 5}
+    ),
+    EngineConfig(max_model_len=64),
+)
+
+
+def test_model_json_round_trips(tmp_path):
+    CONFIG.write(tmp_path)
+    assert VersionConfig.read(tmp_path) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("engine", "max_model_length", 7, "unknown EngineConfig key 'max_model_length'; known keys are"),
+        ("engine", "max_num_seqs", 0, "max_num_seqs has value 0; expected a whole number ≥ 1"),
+        ("engine", "max_num_seqs", "many", "max_num_seqs has value 'many'"),
+        ("engine", "max_num_batched_tokens", 33, "expected at least max_num_seqs + 2 = 34"),
+        ("engine", "num_threads", -1, "num_threads has value -1"),
+        ("model", "layers", [], "layers is empty"),
+        ("model", "vocabulary", 1, "unknown ModelConfig key 'vocabulary'"),
+    ],
+)
+def test_a_bad_value_is_a_load_failure_that_names_it(tmp_path, part, key, value, said):
+    CONFIG.write(tmp_path)
+    document = json.loads((tmp_path / "model.json").read_text())
+    document[part][key] = value
+    (tmp_path / "model.json").write_text(json.dumps(document))
+    with pytest.raises(VersionFolderError) as caught:
+        VersionConfig.read(tmp_path)
+    assert said in str(caught.value) and "model.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "model": 3}'])
+def test_a_file_that_is_no_model_json_is_refused(tmp_path, text):
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(VersionFolderError, match=r"model\.json"):
+        VersionConfig.read(tmp_path)
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    CONFIG.write(tmp_path)
+    (tmp_path / "model.onnx.data").write_bytes(bytes(range(256)))
+    version_folder.seal(tmp_path, {"checkpoint": "x"}, {"torch": "2"})
+    return tmp_path
+
+
+def test_a_sealed_folder_verifies_and_has_an_identity(sealed):
+    assert set(version_folder.verify(sealed)["files"]) == {"model.json", "model.onnx.data"}
+    assert len(version_folder.digest(sealed)) == 64
+
+
+def test_a_changed_byte_is_found_and_the_file_named(sealed):
+    path = sealed / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VersionFolderError, match=r"model\.onnx\.data differs from manifest\.json"):
+        version_folder.verify(sealed)
+
+
+def test_a_missing_an_extra_and_a_linked_file_are_found(sealed):
+    (sealed / "extra").write_text("x")
+    with pytest.raises(VersionFolderError, match="extra is not listed"):
+        version_folder.verify(sealed)
+    (sealed / "extra").unlink()
+    (sealed / "extra").symlink_to("/etc/passwd")
+    with pytest.raises(VersionFolderError, match="not a plain file"):
+        version_folder.verify(sealed)
+    (sealed / "extra").unlink()
+    (sealed / "model.onnx.data").unlink()
+    with pytest.raises(VersionFolderError, match=r"model\.onnx\.data is missing"):
+        version_folder.verify(sealed)
+
+
+def test_a_folder_without_a_manifest_is_an_unfinished_export(tmp_path):
+    CONFIG.write(tmp_path)
+    with pytest.raises(VersionFolderError, match="the export did not finish"):
+        version_folder.verify(tmp_path)

@@ -1,0 +1,156 @@
+"""Every parameter's type and range, both dialects, and what comes back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from triton_backend.errors import InvalidRequest
+from triton_backend.protocol import (
+    INPUTS,
+    MAX_PROMPT_BYTES,
+    GenerateResponse,
+    SequenceOutput,
+    TokenLogprob,
+    parse_request,
+    response_tensors,
+)
+from triton_backend.sampling_params import FIELDS, UNSUPPORTED, Flag, Number, SamplingParams, Texts, TokenIds
+
+pytestmark = pytest.mark.unit
+
+
+def parse(**tensors):
+    return parse_request("r", {"text_input": [b"hello"], **tensors})
+
+
+def refused(**tensors) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**tensors)
+    return str(caught.value)
+
+
+def test_the_two_dialects_mean_the_same():
+    vllm = parse(
+        sampling_parameters=[b'{"max_tokens": "7", "temperature": 0.5, "stop": ["a", "b"], "seed": 3, "n": 2}']
+    )
+    trt = parse(max_tokens=[7], temperature=[0.5], stop_words=[b"a", b"b"], seed=[3], num_return_sequences=[2])
+    assert vllm == trt
+    assert vllm.params == SamplingParams(max_tokens=7, temperature=0.5, stop=("a", "b"), seed=3, n=2)
+
+
+def test_a_tensor_beats_json_which_beats_request_parameters_which_beat_the_models_defaults():
+    tensors = {"text_input": [b"x"], "max_tokens": [1], "sampling_parameters": [b'{"max_tokens": 2, "top_k": 2}']}
+    request = parse_request("r", tensors, {"max_tokens": 3, "top_k": 3, "top_p": 0.3}, {"top_p": 0.9, "min_p": 0.1})
+    assert (request.params.max_tokens, request.params.top_k) == (1, 2)
+    assert (request.params.top_p, request.params.min_p) == (0.3, 0.1)
+
+
+def test_unknown_parameters_are_ignored():
+    request = parse_request("r", {"text_input": [b"x"], "sampling_parameters": [b'{"frobnicate": 1}']}, {"zap": "1"})
+    assert request.params == SamplingParams()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if isinstance(kind, Number)])
+def test_numbers_out_of_range_or_of_another_type_are_refused_by_name(name):
+    kind = FIELDS[name]
+    bad_values = [kind.low - 1, "many", True, [1], {}, float("nan"), "nan", 10**30]
+    bad_values += [1.5] if kind.kind is int else []
+    for bad in bad_values:
+        message = refused(sampling_parameters=[json.dumps({name: bad}).encode()])
+        assert message.startswith(f"INVALID_ARG: {name} has value ")
+        assert "expected a" in message
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if isinstance(kind, Flag)])
+def test_flags_of_another_type_are_refused_by_name(name):
+    for bad in (1, "yes", []):
+        assert f"{name} has value" in refused(sampling_parameters=[json.dumps({name: bad}).encode()])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if isinstance(kind, (Texts, TokenIds))])
+def test_lists_of_another_type_or_too_long_are_refused_by_name(name):
+    for bad in ({"a": 1}, 1.5, [None], [[1]], [-1] * 2, list(range(10**5)), ["x"] * 10**5):
+        assert name in refused(sampling_parameters=[json.dumps({name: bad}).encode()])
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_a_known_parameter_that_cannot_be_honoured_is_refused_unless_it_asks_for_nothing(name):
+    assert f"{name} has value" in refused(sampling_parameters=[json.dumps({name: 7}).encode()])
+    for neutral in UNSUPPORTED[name]:
+        parse(sampling_parameters=[json.dumps({name: neutral}).encode()])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"text_input": [b"\xff\xfe"]}, "not valid UTF-8 (byte 0xff at offset 0)"),
+        ({"text_input": [b"x" * (MAX_PROMPT_BYTES + 1)]}, f"expected at most {MAX_PROMPT_BYTES}"),
+        ({"text_input": [b"a", b"b"]}, "text_input has 2 values; expected exactly 1"),
+        ({"input_ids": [1]}, "text_input and input_ids are both given"),
+        ({"sampling_parameters": [b"{"]}, "sampling_parameters is not valid JSON"),
+        ({"sampling_parameters": [b"[" * 100_000]}, "sampling_parameters is not valid JSON"),
+        ({"sampling_parameters": [b"[1]"]}, "sampling_parameters is a JSON list; expected an object"),
+        ({"stop": [b"\xff"]}, "stop is not valid UTF-8"),
+        ({"stream": [True], "exclude_input_in_output": [False]}, "streams never repeat the prompt"),
+        ({"min_tokens": [9], "max_tokens": [3]}, "min_tokens has value 9; expected at most max_tokens = 3"),
+        ({"beam_width": [4]}, "beam_width has value 4, but this engine does not support it"),
+        ({"health_probe": [True], "max_tokens": [2]}, "health_probe needs max_tokens = 1"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong(tensors, said):
+    assert said in refused(**tensors)
+
+
+def test_a_request_without_a_prompt_is_refused():
+    with pytest.raises(InvalidRequest, match="text_input is missing"):
+        parse_request("r", {})
+
+
+def test_values_that_other_servers_clients_send_for_nothing_are_harmless():
+    request = parse(end_id=[-1], pad_id=[0], stop_words=[b""], bad_words=[b""], beam_width=[1], length_penalty=[1.0])
+    assert request.params == SamplingParams()
+    assert parse(end_id=[1048576]).params.stop_token_ids == (1048576,)
+
+
+def test_asking_for_log_probabilities_turns_them_on():
+    assert parse(return_log_probs=[True]).params.logprobs == 0
+    assert parse(return_cumulative_logprob=[True]).params.logprobs == 0
+    assert parse(return_logprobs=[True], sampling_parameters=[b'{"logprobs": 3}']).params.logprobs == 3
+
+
+def test_every_input_is_optional_so_that_any_client_may_leave_out_any_of_them():
+    assert all(spec.optional for spec in INPUTS)
+    assert len({spec.name for spec in INPUTS}) == len(INPUTS)
+
+
+RESPONSE = GenerateResponse(
+    "r",
+    (
+        SequenceOutput(0, " world", (5, 6), "stop", -0.5, ((TokenLogprob(5, -0.2, 1, " w"),),)),
+        SequenceOutput(1, " you", (7,), None, -0.1),
+    ),
+    num_input_tokens=2,
+    finished=True,
+    metrics={"queue_s": 0.1},
+)
+
+
+def test_text_comes_with_the_prompt_unless_excluded_or_streamed():
+    assert response_tensors(parse(), RESPONSE) == {"text_output": ["hello world", "hello you"]}
+    excluded = parse(exclude_input_in_output=[True])
+    assert response_tensors(excluded, RESPONSE)["text_output"] == [" world", " you"]
+    assert response_tensors(parse(stream=[True]), RESPONSE)["text_output"] == [" world", " you"]
+
+
+def test_every_return_flag_adds_its_tensor():
+    names = [spec.name for spec in INPUTS if spec.name.startswith("return_")]
+    tensors = response_tensors(parse(**{name: [True] for name in names}), RESPONSE)
+    assert tensors["finish_reason"] == ["stop", "None"]
+    assert tensors["num_input_tokens"] == [2]
+    assert tensors["num_output_tokens"] == [2, 1]
+    assert tensors["output_ids"] == [5, 6, 7]
+    assert tensors["cumulative_logprob"] == [-0.5, -0.1]
+    assert json.loads(tensors["logprobs"][0]) == [{"5": {"logprob": -0.2, "rank": 1, "decoded_token": " w"}}]
+    assert json.loads(tensors["request_metrics"][0]) == {"queue_s": 0.1}

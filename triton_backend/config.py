@@ -1,0 +1,140 @@
+"""The disk side of a served version: ``model.json``, split into facts and settings.
+
+``ModelConfig`` is what the exporter found out about the graph and never changes; ``EngineConfig`` is how to run it and
+may be edited by an operator before the version is sealed. Both are frozen and checked when read, so the rest of the
+engine never meets a bad value. Standard library only: exporters and the engine share this module.
+
+    model.json = {"format": 1, "model": {…ModelConfig…}, "engine": {…EngineConfig…}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from triton_backend.errors import VersionFolderError
+
+MODEL_JSON = "model.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Shape of one layer's cache: keys and values are (rows, num_kv_heads, max_model_len, head_size)."""
+
+    num_kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts about an exported decoder graph.
+
+    ``num_top_logits`` is K of the graph's ``top_logits``/``top_ids`` outputs; ``precision`` is the type of weights and
+    cache (``fp32``, ``fp16``, ``bf16``). ``generation_defaults`` holds the sampling values of the checkpoint's
+    generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty), used where a request names none.
+    """
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    max_position_embeddings: int
+    layers: tuple[LayerConfig, ...]
+    num_top_logits: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    precision: str = "fp32"
+    graph: str = "model.onnx"
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "vocab_size", "max_position_embeddings", "num_top_logits")
+        if not self.layers:
+            raise VersionFolderError("layers is empty; expected one entry per decoder layer")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs a graph; names are vLLM's.
+
+    max_model_len           longest prompt + output of one sequence, in tokens
+    max_num_seqs            cache rows, so sequences that can run at once
+    max_num_batched_tokens  tokens computed in one step over all sequences; a longer prompt is prefilled in chunks
+    max_queue_size          requests that may wait; one more is refused with UNAVAILABLE
+    stream_interval         tokens that may share one streamed response
+    num_threads             threads of ONNX Runtime; 0 = one per physical core
+    """
+
+    max_model_len: int
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_queue_size: int = 256
+    stream_interval: int = 1
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queue_size")
+        _require_positive(self, "stream_interval")
+        if self.num_threads < 0:
+            raise VersionFolderError(f"num_threads has value {self.num_threads}; expected a whole number ≥ 0")
+        # A step must always have room for one useful prefill chunk (≥ 2 tokens) beside all decoding rows.
+        if self.max_num_batched_tokens < self.max_num_seqs + 2:
+            raise VersionFolderError(
+                f"max_num_batched_tokens has value {self.max_num_batched_tokens}; expected at least "
+                f"max_num_seqs + 2 = {self.max_num_seqs + 2}"
+            )
+
+
+@dataclass(frozen=True)
+class VersionConfig:
+    """The whole of ``model.json``."""
+
+    model: ModelConfig
+    engine: EngineConfig
+
+    def write(self, folder: Path) -> None:
+        document = {"format": FORMAT, **dataclasses.asdict(self)}
+        (folder / MODEL_JSON).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> VersionConfig:
+        """Read ``folder/model.json``; raises VersionFolderError that names the file and the offending key."""
+        path = folder / MODEL_JSON
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise VersionFolderError(f"cannot read {path}: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            found = document.get("format") if isinstance(document, dict) else type(document).__name__
+            raise VersionFolderError(f"{path} has format {found!r}; this engine reads format {FORMAT}")
+        try:
+            model = dict(document["model"])
+            model["layers"] = tuple(_from_mapping(LayerConfig, layer) for layer in model.get("layers", ()))
+            model["eos_token_ids"] = tuple(model.get("eos_token_ids", ()))
+            return cls(_from_mapping(ModelConfig, model), _from_mapping(EngineConfig, document["engine"]))
+        except VersionFolderError as error:
+            raise VersionFolderError(f"{path}: {error.args[0]}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise VersionFolderError(f"{path} is not a valid model.json: {error!r}") from error
+
+
+def _from_mapping(config_class: type, values: Mapping[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(config_class)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise VersionFolderError(
+            f"unknown {config_class.__name__} key {unknown[0]!r}; known keys are {', '.join(sorted(known))}"
+        )
+    return config_class(**values)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise VersionFolderError(f"{name} has value {value!r}; expected a whole number ≥ 1")

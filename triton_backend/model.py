@@ -1,0 +1,152 @@
+"""Triton's entry point; the only file that imports ``triton_python_backend_utils``.
+
+It translates and delegates: tensors to a ``GenerateRequest``, a ``GenerateResponse`` to tensors. ``execute`` hands
+over and returns at once. Responses are sent by one responder thread, in order, and the last one carries Triton's
+FINAL flag: exactly once per request, after which neither its sender nor its request is touched (Triton crashes
+otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import triton_python_backend_utils as pb_utils
+
+from triton_backend.errors import EngineError
+from triton_backend.loading import configure_logging, load_engine
+from triton_backend.metrics import METRICS, MetricSpec
+from triton_backend.protocol import INPUTS, OUTPUTS, GenerateRequest, GenerateResponse, parse_request, response_tensors
+
+log = structlog.get_logger()
+
+_NUMPY_TYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_UINT32": np.uint32, "TYPE_FP32": np.float32}
+_OUTPUT_TYPES = {spec.name: _NUMPY_TYPES[spec.data_type] for spec in OUTPUTS}
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        configure_logging()
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._metrics = TritonMetrics(json.loads(args["model_config"])["name"], args["model_version"])
+        self._engine, self._config = load_engine(folder, self._metrics)
+        self._responder = Responder()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sink = TritonSink(request, self._responder)
+            try:
+                sink.request = self._parse(request)
+                self._engine.submit(sink.request, sink)
+            except EngineError as error:
+                sink.send(GenerateResponse(request.request_id(), finished=True, error=str(error)))
+            except Exception:
+                log.exception("request_failed")
+                message = str(EngineError("the request could not be read; see the log of the Triton server"))
+                sink.send(GenerateResponse(request.request_id(), finished=True, error=message))
+
+    def finalize(self) -> None:
+        self._engine.stop()
+        self._responder.stop()
+        self._metrics.close()
+
+    def _parse(self, request: Any) -> GenerateRequest:
+        tensors = {}
+        for spec in INPUTS:
+            tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
+            if tensor is not None:
+                tensors[spec.name] = tensor.as_numpy().reshape(-1).tolist()
+        parameters = json.loads(request.parameters() or "{}")
+        return parse_request(request.request_id(), tensors, parameters, self._config.model.generation_defaults)
+
+
+class TritonSink:
+    """The way back to one client; ``send`` is called by the engine or, for a refused request, by ``execute``."""
+
+    def __init__(self, triton_request: Any, responder: Responder) -> None:
+        self._sender = triton_request.get_response_sender()
+        self._responder = responder
+        self.request: GenerateRequest | None = None
+
+    def send(self, response: GenerateResponse) -> None:
+        self._responder.put(self, response)
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+    def deliver(self, response: GenerateResponse) -> None:
+        """Hand a response to Triton; on the responder thread."""
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.finished else 0
+        if response.error is not None:
+            # Our codes are Triton's names: INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL.
+            code = getattr(pb_utils.TritonError, response.error.partition(":")[0])
+            self._sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(response.error, code)), flags=flags)
+            return
+        assert self.request is not None
+        tensors = [
+            pb_utils.Tensor(name, np.array(values, dtype=_OUTPUT_TYPES[name]))
+            for name, values in response_tensors(self.request, response).items()
+        ]
+        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+
+class Responder:
+    """One thread that sends all responses, so that the engine never waits for Triton."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[TritonSink, GenerateResponse] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="responder", daemon=True)
+        self._thread.start()
+
+    def put(self, sink: TritonSink, response: GenerateResponse) -> None:
+        self._queue.put((sink, response))
+
+    def stop(self) -> None:
+        """Send what is queued, then end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            sink, response = item
+            try:
+                sink.deliver(response)
+            except Exception:  # a client that is gone must not end the thread that serves the others
+                log.exception("response_not_sent", request_id=response.request_id)
+
+
+class TritonMetrics:
+    """Publishes engine metrics on Triton's Prometheus endpoint."""
+
+    def __init__(self, model: str, version: str) -> None:
+        self._families: dict[str, Any] = {}
+        self._series: dict[str, Any] = {}
+        for spec in METRICS:
+            if spec.name not in self._families:
+                self._families[spec.name] = pb_utils.MetricFamily(
+                    name=spec.name,
+                    description=spec.description,
+                    kind=getattr(pb_utils.MetricFamily, spec.kind.upper()),
+                )
+            options = {"buckets": list(spec.buckets)} if spec.kind == "histogram" else {}
+            labels = {"model": model, "version": version, **spec.labels}
+            self._series[spec.key] = self._families[spec.name].Metric(labels=labels, **options)
+
+    def record(self, spec: MetricSpec, value: float) -> None:
+        series = self._series[spec.key]
+        if spec.kind == "counter":
+            series.increment(value)
+        elif spec.kind == "gauge":
+            series.set(value)
+        else:
+            series.observe(value)
+
+    def close(self) -> None:
+        """Series outlive an unloaded model unless metrics go before their families."""
+        self._series.clear()
+        self._families.clear()
