@@ -115,14 +115,14 @@ class Engine:
 
     def _run(self) -> None:
         while not self._is_stopping:
-            self._receive()
-            self._drop_lost_requests()
-            if self._scheduler.has_work and not self._is_stopping:
-                try:
+            try:
+                self._receive()
+                self._drop_lost_requests()
+                if self._scheduler.has_work and not self._is_stopping:
                     self.step()
-                except Exception as error:  # a failed step must not take later requests with it
-                    log.exception("step_failed")
-                    self._fail_all(EngineError(f"the engine failed while computing this request: {error}"))
+            except Exception as error:  # a failed step must not take later requests with it
+                log.exception("step_failed")
+                self._fail_all(EngineError(f"the engine failed while computing this request: {error}"))
         self._fail_all(EngineStopped("the model is being unloaded; try again"))
 
     def step(self) -> None:

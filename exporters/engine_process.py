@@ -1,0 +1,115 @@
+"""The engine as a child process: ``python -m triton_backend FOLDER``, JSON lines in and out.
+
+A process of its own keeps ONNX Runtime's threads away from PyTorch's and makes what is certified the same program that
+serves. The child ends when its stdin is closed, also when that is because we died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from exporters.errors import EngineFailed
+
+GREEDY = {"temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0}
+"""Explicit, because a version's own generation_config would fill in what a request leaves out."""
+
+
+@dataclass(frozen=True)
+class EngineAnswer:
+    """What one request gave: its tokens and the engine's timing (``prefill_s``, ``decode_s``, …)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    metrics: Mapping[str, Any]
+
+
+class EngineProcess:
+    """A running engine. ``peak_rss_bytes`` is known once it has ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
+        # The child must find our packages whether they are installed or run from a source folder.
+        sources = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, (sources, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "triton_backend", str(folder), "--unsealed"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.peak_rss_bytes: int | None = None
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._stderr.close()
+
+    def submit(self, request_id: str, input_ids: Sequence[int], num_new_tokens: int) -> None:
+        line = {
+            "id": request_id,
+            "input_ids": list(input_ids),
+            "sampling_parameters": {**GREEDY, "max_tokens": num_new_tokens},
+        }
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed("ended before it took a request") from None
+
+    def receive(self) -> EngineAnswer:
+        """Wait for the next request to finish; raises EngineFailed if it, or the engine, failed."""
+        assert self._process.stdout is not None
+        # Responses are JSON objects; what does not look like one was printed by a library.
+        line = next((line for line in self._process.stdout if line.startswith("{")), None)
+        if line is None:
+            raise self._failed("ended before it answered every request")
+        try:
+            answer = json.loads(line)
+            if "error" in answer:
+                raise EngineFailed(f"the engine refused request {answer.get('id')!r}: {answer['error']}")
+            output = answer["outputs"][0]
+            return EngineAnswer(str(answer["id"]), tuple(output["token_ids"]), dict(answer.get("metrics") or {}))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise self._failed(f"answered {line[:200]!r}, which is not a response ({error!r})") from error
+
+    def finish(self) -> None:
+        """Let the engine end by itself; raises EngineFailed if it does not do so with exit code 0."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.read()
+        _, status, usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self.peak_rss_bytes = usage.ru_maxrss * 1024  # KiB on Linux
+        if self._process.returncode != 0:
+            raise self._failed(f"ended with exit code {self._process.returncode}")
+
+    def _failed(self, what: str) -> EngineFailed:
+        self._stderr.flush()
+        self._stderr.seek(0)
+        last_lines = " | ".join(self._stderr.read().strip().splitlines()[-5:])
+        return EngineFailed(f"the engine on {self._folder} {what}; its last words: {last_lines or '(none)'}")

@@ -1,0 +1,123 @@
+"""The original: a checkpoint loaded in PyTorch by transformers, in fp32, with transformers' own attention.
+
+It is what is traced, and what the exported version is later compared with. Refuses what cannot be exported before
+time is spent on it, and what only loading shows: weights that do not fit the config, or are not finite.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from exporters.checkpoint import Checkpoint
+from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture
+
+SAFE_LOADING: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's config; raises UnsupportedArchitecture if its kind of model is not exported."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, **SAFE_LOADING)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedArchitecture(
+            f"transformers cannot read {checkpoint.folder / 'config.json'} with model_type {checkpoint.model_type!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if config.is_encoder_decoder:
+        raise UnsupportedArchitecture(
+            f"model_type {checkpoint.model_type!r} is an encoder-decoder model; expected a decoder-only causal model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedArchitecture(
+            f"model_type {checkpoint.model_type!r} has no causal language model in transformers; expected one of the "
+            "decoder-only text models, such as llama or qwen2"
+        )
+    return config
+
+
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's model in fp32, ready to run; raises ExportError with the reason if it cannot be exported."""
+    config = load_config(checkpoint)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Reported below by name, instead of by the first one only.
+            ignore_mismatched_sizes=True,
+            **SAFE_LOADING,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InvalidCheckpoint(
+            f"transformers cannot load {checkpoint.folder}: {str(error).splitlines()[0]}"
+        ) from error
+    model, info = loaded
+    _check_weights_fit(checkpoint, info, model.config.get_text_config().num_hidden_layers)
+    _check_exportable(model)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InvalidCheckpoint(
+                f"weight {name} has NaN or infinite values; expected finite numbers: the training that wrote "
+                "it diverged or the file is damaged, use an earlier checkpoint"
+            )
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, **SAFE_LOADING)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise InvalidCheckpoint(
+            f"transformers cannot load the tokenizer of {checkpoint.folder}: {str(error).splitlines()[0]}; save it "
+            "again with AutoTokenizer.save_pretrained"
+        ) from error
+
+
+def _check_weights_fit(checkpoint: Checkpoint, info: dict[str, Any], num_layers: int) -> None:
+    missing = sorted(info["missing_keys"])
+    # Other unexpected weights are harmless leftovers of old transformers, which it ignores as well.
+    extra_layers = sorted(name for name in info["unexpected_keys"] if _layer_in(name) >= num_layers)
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0][:3]
+        raise InvalidCheckpoint(
+            f"weight {name} has shape {list(found)} in {checkpoint.folder}; its config.json expects {list(expected)} "
+            f"({len(mismatched)} such weights): use the config.json that belongs to these weights"
+        )
+    if extra_layers:
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder} holds {extra_layers[0]}, but its config.json has {num_layers} layers; "
+            "use the config.json that belongs to these weights"
+        )
+    if missing:
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder} lacks {len(missing)} weights that its config.json expects: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; use the config.json that belongs to these "
+            "weights, or download the checkpoint again"
+        )
+
+
+def _layer_in(weight: str) -> int:
+    number = re.search(r"\.(\d+)\.", weight)
+    return int(number[1]) if number else -1
+
+
+def _check_exportable(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    for module in model.modules():
+        kind = type(module).__name__
+        if "Experts" in kind or "SparseMoe" in kind or kind.endswith(("MoE", "MoeBlock")):
+            raise UnsupportedArchitecture(
+                f"{name} is a mixture of experts ({kind}), whose grouped products have no ONNX form yet; "
+                "expected a dense model"
+            )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedArchitecture(f"{name} takes no position_ids; expected a model that can be told its positions")

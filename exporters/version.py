@@ -1,0 +1,166 @@
+"""Writing a version folder: staged beside its final place, and renamed into it when it is complete.
+
+.chat-1.k3f9x2/        staging, removed whenever the export does not finish
+  model.onnx  model.onnx.data
+  model.json           facts and settings for the engine
+  tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
+  certificate.json
+  manifest.json        written last: a folder that has it is complete
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from exporters.checkpoint import Checkpoint
+from exporters.config import DEFAULT_MAX_MODEL_LEN, ExportConfig
+from exporters.decoder import DecoderShape
+from exporters.errors import InvalidCheckpoint, InvalidConfig, OutputExists
+from exporters.rope import constant_frequency_limit
+from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.version_folder import MANIFEST_JSON, sha256_of
+
+GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+MAX_NUM_BATCHED_TOKENS = 512
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place if the body succeeds and is removed if it does not."""
+    check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staging.chmod(0o755)  # Triton may run as another user
+        yield staging
+        check_output(out, overwrite)
+        if out.exists() and any(out.iterdir()):
+            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            out.rename(replaced)
+            staging.rename(out)
+            shutil.rmtree(replaced)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise OutputExists unless ``out`` is free, empty, or a version folder that may be replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputExists(f"{out} exists and is not a folder; choose another output folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputExists(f"{out} exists and is not empty; choose another output folder or pass --overwrite")
+    if not (out / MANIFEST_JSON).is_file():
+        raise OutputExists(
+            f"{out} holds something other than a version (it has no {MANIFEST_JSON}), so it is not overwritten; "
+            "choose another output folder"
+        )
+
+
+def version_config(
+    export: ExportConfig, checkpoint: Checkpoint, model_config: Any, shape: DecoderShape, num_top_logits: int
+) -> VersionConfig:
+    """model.json of the version; raises InvalidConfig if the asked lengths do not suit the model."""
+    text_config = model_config.get_text_config()
+    max_position_embeddings, limit = _limits(checkpoint, text_config)
+    if export.max_model_len is not None and export.max_model_len > limit:
+        raise InvalidConfig(
+            f"max_model_len has value {export.max_model_len}; this model keeps its quality and its constant rotary "
+            f"frequencies up to {limit} tokens: pass at most that"
+        )
+    eos = _special_token("eos_token_id", checkpoint, text_config)
+    model = ModelConfig(
+        architecture=str((model_config.architectures or [checkpoint.model_type])[0]),
+        model_type=checkpoint.model_type,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        layers=tuple(LayerConfig(layer.num_kv_heads, layer.head_size) for layer in shape.layers),
+        num_top_logits=num_top_logits,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        bos_token_id=_special_token("bos_token_id", checkpoint, text_config),
+        pad_token_id=_special_token("pad_token_id", checkpoint, text_config),
+        precision=export.precision,
+        generation_defaults={
+            name: checkpoint.generation_config[name]
+            for name in GENERATION_DEFAULTS
+            if checkpoint.generation_config.get(name) is not None
+        },
+    )
+    engine = EngineConfig(
+        max_model_len=export.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN),
+        max_num_seqs=export.max_num_seqs,
+        max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, export.max_num_seqs + 2),
+    )
+    return VersionConfig(model, engine)
+
+
+def _special_token(name: str, checkpoint: Checkpoint, text_config: Any) -> Any:
+    """generation_config.json decides; what it leaves out is taken from config.json."""
+    given = checkpoint.generation_config.get(name)
+    return getattr(text_config, name, None) if given is None else given
+
+
+def _limits(checkpoint: Checkpoint, text_config: Any) -> tuple[int, int]:
+    """(max_position_embeddings, longest sequence that can be exported), both in tokens."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 2:
+        raise InvalidCheckpoint(
+            f"{checkpoint.folder / 'config.json'} has max_position_embeddings {positions!r}; "
+            "expected the length in tokens that the model was trained for"
+        )
+    return positions, min(positions, constant_frequency_limit(text_config) or positions)
+
+
+def write_tokenizer(folder: Path, tokenizer: Any, checkpoint: Checkpoint, vocab_size: int) -> None:
+    """Write the tokenizer as transformers uses it, so that the engine gives a text the same ids."""
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab_size:
+        raise InvalidCheckpoint(
+            f"the tokenizer of {checkpoint.folder} has token id {largest}, but the model's vocabulary ends at "
+            f"{vocab_size - 1}; use the tokenizer that belongs to the model, or resize the model's token embeddings"
+        )
+    for name in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "generation_config.json", checkpoint.generation_config)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's identity for the manifest: its name and the sha256 of its config and weights."""
+    paths = (checkpoint.folder / "config.json", *checkpoint.files)
+    return {"checkpoint": checkpoint.source, "files": {path.name: sha256_of(path) for path in paths}}
+
+
+def environment() -> dict[str, str]:
+    """Versions of what made this version."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "cpu": _cpu_name()}
+    for package in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tokenizers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

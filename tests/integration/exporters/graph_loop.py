@@ -1,0 +1,84 @@
+"""Greedy decoding over the exported graph in the slowest, most obvious way: the truth that the graph is tested with.
+
+Cache rows live in one numpy buffer per layer; past and present are bound to the same address, rows 0…n−1 run together
+when they decode, and a prompt is prefilled over its own row's view, in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+
+class GraphLoop:
+    """Runs ``model.onnx`` over ``num_rows`` cache rows of ``max_len`` tokens."""
+
+    def __init__(self, path: Path, num_rows: int, max_len: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        self.caches = {
+            name: np.zeros((num_rows, shape[1], max_len, shape[3]), np.float32) for name, shape in shapes.items()
+        }
+        self.max_len = max_len
+
+    def run(
+        self, first_row: int, ids: np.ndarray, lengths: Sequence[int], logits_index: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Append ``ids`` (B, S) to the rows from ``first_row`` on, which hold ``lengths`` tokens.
+
+        Returns the logits of position ``logits_index`` of each row; without it, of the last one.
+        """
+        num_rows, num_tokens = ids.shape
+        past = np.asarray(lengths)
+        binding = self.session.io_binding()
+        inputs = {
+            "input_ids": ids.astype(np.int64),
+            "position_ids": (past[:, None] + np.arange(num_tokens)).astype(np.int64),
+            "seqlens_k": (past + num_tokens - 1).astype(np.int32),
+            "total_sequence_length": np.array(past.max() + num_tokens, np.int32),
+            "logits_index": np.array(logits_index or [num_tokens - 1] * num_rows, np.int64),
+        }
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name, cache in self.caches.items():
+            rows = cache[first_row : first_row + num_rows]
+            binding.bind_input(name, "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            present = name.replace("past_key_values", "present")
+            binding.bind_output(present, "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+        names = ("logits", "top_logits", "top_ids")
+        for name in names:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        by_name = dict(zip(self._output_names(), binding.get_outputs(), strict=True))
+        return {name: by_name[name].numpy() for name in names}
+
+    def _output_names(self) -> list[str]:
+        presents = [name.replace("past_key_values", "present") for name in self.caches]
+        return [*presents, "logits", "top_logits", "top_ids"]
+
+    def prefill(self, row: int, prompt: Sequence[int], chunks: Sequence[int]) -> int:
+        """Prefill ``prompt`` into ``row`` in chunks of the given sizes and return the first new token."""
+        assert sum(chunks) == len(prompt)
+        done, token = 0, -1
+        for size in chunks:
+            result = self.run(row, np.array([prompt[done : done + size]]), [done])
+            done, token = done + size, int(result["top_ids"][0, 0])
+        return token
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], chunks: Sequence[Sequence[int]], num_new: int
+    ) -> list[list[int]]:
+        """Tokens of all ``prompts``, decoded together in rows 0…n−1."""
+        tokens = [[self.prefill(row, prompt, chunks[row])] for row, prompt in enumerate(prompts)]
+        lengths = [len(prompt) for prompt in prompts]
+        while len(tokens[0]) < num_new:
+            result = self.run(0, np.array([[row[-1]] for row in tokens]), lengths)
+            for row, token in zip(tokens, result["top_ids"][:, 0], strict=True):
+                row.append(int(token))
+            lengths = [length + 1 for length in lengths]
+        return tokens

@@ -1,0 +1,173 @@
+"""The version folder: complete, sealed, readable by the engine, and never left half written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+import exporters.pipeline
+from exporters import ExportConfig, export
+from exporters.errors import ExportCancelled, ExportError, InvalidCheckpoint, InvalidConfig, OutputExists
+from exporters.version import staged
+from tests.integration.exporters.conftest import CHAT_TEMPLATE, VOCAB_SIZE
+from triton_backend.config import LayerConfig, VersionConfig
+from triton_backend.version_folder import read_manifest, seal, verify
+
+pytestmark = pytest.mark.integration
+
+
+def test_folder_holds_everything_the_engine_needs_and_nothing_else(llama_version: Path) -> None:
+    assert sorted(path.name for path in llama_version.iterdir()) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "manifest.json",
+        "model.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert [path.name for path in llama_version.parent.iterdir()] == ["1"]
+
+
+def test_folder_is_sealed_with_its_source_and_environment(llama_version: Path, llama_checkpoint: Path) -> None:
+    verify(llama_version)
+    manifest = read_manifest(llama_version)
+    assert manifest["source"]["checkpoint"] == str(llama_checkpoint)
+    assert set(manifest["source"]["files"]) == {"config.json", "model.safetensors"}
+    assert {"torch", "transformers", "onnx", "python"} <= set(manifest["environment"])
+
+
+def test_model_json_tells_the_engine_the_facts(llama_version: Path) -> None:
+    config = VersionConfig.read(llama_version)
+    assert config.model.architecture == "LlamaForCausalLM"
+    assert config.model.vocab_size == VOCAB_SIZE
+    assert config.model.layers == (LayerConfig(2, 16), LayerConfig(2, 16))
+    assert config.model.num_top_logits == 64
+    assert (config.model.bos_token_id, config.model.eos_token_ids, config.model.pad_token_id) == (0, (1,), 2)
+    assert config.model.generation_defaults == {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    assert (config.engine.max_model_len, config.engine.max_num_seqs) == (48, 4)
+
+
+def test_tokenizer_json_alone_gives_the_ids_that_transformers_gives(
+    llama_version: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = "Hello world, 5 jugs – größer!"
+    assert Tokenizer.from_file(str(llama_version / "tokenizer.json")).encode(text).ids == tokenizer(text)["input_ids"]
+    assert (llama_version / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_several_end_tokens_are_kept(make_checkpoint: Callable[..., Path], traced: None, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, 7]}))
+    export(ExportConfig(str(checkpoint), tmp_path / "out"), certify=False)
+    assert VersionConfig.read(tmp_path / "out").model.eos_token_ids == (1, 7)
+
+
+def test_more_rows_than_a_step_has_tokens_still_make_a_valid_version(
+    llama_checkpoint: Path, traced: None, tmp_path: Path
+) -> None:
+    export(ExportConfig(str(llama_checkpoint), tmp_path / "out", max_model_len=64, max_num_seqs=1000), certify=False)
+    engine = VersionConfig.read(tmp_path / "out").engine
+    assert (engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens) == (64, 1000, 1002)
+
+
+def test_a_context_longer_than_the_model_s_is_refused(llama_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"max_model_len has value 257; .* up to 256 tokens"):
+        export(ExportConfig(str(llama_checkpoint), tmp_path / "out", max_model_len=257), certify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
+    make_checkpoint: Callable[..., Path], traced: None, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", vocab_size=100)
+    with pytest.raises(InvalidCheckpoint, match=r"token id \d+, but the model's vocabulary ends at 99"):
+        export(ExportConfig(str(checkpoint), tmp_path / "out"), certify=False)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes seconds and is tested elsewhere: tracing and saving the graph."""
+    monkeypatch.setattr(exporters.pipeline, "trace", lambda *args: None)
+    monkeypatch.setattr(exporters.pipeline, "save_graph", lambda program, path: path.write_bytes(b"graph"))
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, ExportCancelled])
+def test_a_failure_leaves_nothing_behind(
+    failure: type[BaseException], llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*args: Any) -> None:
+        assert len(list(tmp_path.iterdir())) == 1, "staging lies beside the output"
+        raise failure
+
+    monkeypatch.setattr(exporters.pipeline, "trace", fail)
+    with pytest.raises(failure):
+        export(ExportConfig(str(llama_checkpoint), tmp_path / "out"), certify=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_events_of_an_export_are_its_steps_in_order(llama_checkpoint: Path, traced: None, tmp_path: Path) -> None:
+    events: list[Any] = []
+    version = export(ExportConfig(str(llama_checkpoint), tmp_path / "out"), events.append, certify=False)
+    assert [event["event"] for event in events] == ["started", *["step"] * 6, "finished"]
+    assert [event["step"] for event in events[1:-1]] == ["check", "load", "trace", "save", "certify", "seal"]
+    assert [event["done"] for event in events[1:-1]] == list(range(6))
+    assert events[-1]["digest"] == version.digest
+    assert version.passed is None
+
+
+def make_version(folder: Path, content: str) -> None:
+    folder.mkdir()
+    (folder / "model.json").write_text(content)
+    seal(folder, {}, {})
+
+
+def test_a_version_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_version(out, "old")
+    with pytest.raises(OutputExists, match=r"is not empty; .* --overwrite"), staged(out, overwrite=False):
+        pass
+    with staged(out, overwrite=True) as folder:
+        (folder / "model.json").write_text("new")
+    assert (out / "model.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_failed_replacement_keeps_the_old_version(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_version(out, "old")
+    with pytest.raises(ExportError), staged(out, overwrite=True):
+        raise ExportError("no")
+    verify(out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_no_version_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExists, match="holds something other than a version"), staged(tmp_path / "out", True):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputExists, match="is not a folder"), staged(tmp_path / "file", True):
+        pass
+
+
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out", overwrite=False) as folder:
+        (folder / "model.json").write_text("new")
+    assert (tmp_path / "out" / "model.json").read_text() == "new"
+
+
+def test_the_context_is_the_model_s_own_unless_asked(llama_checkpoint: Path, traced: None, tmp_path: Path) -> None:
+    export(ExportConfig(str(llama_checkpoint), tmp_path / "out"), certify=False)
+    config = VersionConfig.read(tmp_path / "out")
+    assert config.engine.max_model_len == config.model.max_position_embeddings == 256
