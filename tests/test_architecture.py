@@ -19,14 +19,15 @@ SHARED = {
 }
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
-    {"errors", "settings", "secrets", "extensions", "logs"},
+    {"errors", "settings", "secrets", "extensions", "logs", "responses", "version_facts"},
     {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses"},
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},
     {"training"},
     {"gateway", "web"},
-    {"__init__", "wsgi", "worker"},
+    {"__init__"},
+    {"wsgi", "worker"},
     {"launcher"},
     {"cli"},
 )

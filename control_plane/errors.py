@@ -1,0 +1,79 @@
+"""Exceptions of the control plane; each carries the HTTP status and the short code that a client sees.
+
+    ControlPlaneError       500 internal_error
+    ├── SettingsError       500 bad_settings          a variable has a bad value; the program stops
+    ├── PreflightError      500 preflight_failed      this machine cannot run llmos as it is
+    ├── BadRequest          400 invalid_request
+    ├── Unauthorized        401 invalid_api_key
+    ├── Forbidden           403 forbidden             the key's role may not do this
+    ├── NotFound            404 not_found             no such model, version, …
+    ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
+    ├── RequestTimeout      504 timeout
+    ├── Overloaded          503 overloaded            the engine's queue is full; try again
+    └── ServingError        502 serving_error         Triton or the model's process is gone or failed
+        ├── ModelNotReady   503 model_not_ready       installed, but loading or failed to load
+        └── TritonUnavailable 503 triton_unavailable  no Triton answers at all
+"""
+
+
+class ControlPlaneError(Exception):
+    status = 500
+    code = "internal_error"
+
+
+class SettingsError(ControlPlaneError):
+    code = "bad_settings"
+
+
+class PreflightError(ControlPlaneError):
+    code = "preflight_failed"
+
+
+class BadRequest(ControlPlaneError):
+    status = 400
+    code = "invalid_request"
+
+
+class Unauthorized(ControlPlaneError):
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(ControlPlaneError):
+    status = 403
+    code = "forbidden"
+
+
+class NotFound(ControlPlaneError):
+    status = 404
+    code = "not_found"
+
+
+class ClientGone(ControlPlaneError):
+    status = 499
+    code = "client_gone"
+
+
+class RequestTimeout(ControlPlaneError):
+    status = 504
+    code = "timeout"
+
+
+class Overloaded(ControlPlaneError):
+    status = 503
+    code = "overloaded"
+
+
+class ServingError(ControlPlaneError):
+    status = 502
+    code = "serving_error"
+
+
+class ModelNotReady(ServingError):
+    status = 503
+    code = "model_not_ready"
+
+
+class TritonUnavailable(ServingError):
+    status = 503
+    code = "triton_unavailable"

@@ -1,0 +1,97 @@
+"""What the application is built on and every domain may import: the database, its migrations, the task queue.
+
+``init_extensions`` ties them to one application; nothing here knows a table, a task or a route.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from flask import Flask
+from flask_migrate import Migrate
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import MetaData, event
+from sqlalchemy.orm import DeclarativeBase
+
+from control_plane.settings import Settings
+
+MIGRATIONS_DIR = Path(__file__).resolve().parent / "migrations"
+DEFAULT_QUEUE = "default"
+SQLITE_BUSY_TIMEOUT_MS = 5000
+# A task that is not finished after this long is given to another worker; all jobs must end or be idempotent before.
+VISIBILITY_TIMEOUT_S = 12 * 3600
+
+
+class Base(DeclarativeBase):
+    """Base class of every table. Constraints have names, so that migrations can change them on every database."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+db = SQLAlchemy(model_class=Base)
+migrate = Migrate()
+
+
+def init_extensions(app: Flask, settings: Settings) -> None:
+    settings.home.mkdir(parents=True, exist_ok=True)
+    app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_pre_ping": True}
+    db.init_app(app)
+    migrate.init_app(app, db, directory=str(MIGRATIONS_DIR), render_as_batch=True)
+    with app.app_context():
+        event.listen(db.engine, "connect", _prepare_sqlite)
+    app.extensions["celery"] = create_celery(settings)
+
+
+def create_celery(settings: Settings) -> Celery:
+    """The task queue, for those that send tasks and for the worker; settings for long jobs."""
+    celery = Celery("llmos")
+    celery.conf.update(
+        broker_url=settings.redis_url,
+        # SQL is the record of what became of a task; results in Redis would be a second one.
+        task_ignore_result=True,
+        imports=("control_plane.jobs.tasks",),
+        task_default_queue=DEFAULT_QUEUE,
+        accept_content=["json"],
+        task_serializer="json",
+        # A killed worker's task runs again, so every task is safe to run twice.
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=True,
+        worker_soft_shutdown_timeout=10.0,
+        # A Redis that is gone must show within seconds, not hang a web request.
+        broker_transport_options={
+            "visibility_timeout": VISIBILITY_TIMEOUT_S,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 2,
+        },
+        broker_connection_retry_on_startup=True,
+        # Once more at once: the pooled connection may be one to a Redis that was restarted.
+        task_publish_retry_policy={"max_retries": 1, "interval_start": 0, "interval_max": 0},
+        worker_hijack_root_logger=False,
+    )
+    celery.set_default()
+    return celery
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    """Readers and one writer at the same time; a locked database is waited for."""
+    if not isinstance(connection, sqlite3.Connection):
+        return
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_MS}")
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

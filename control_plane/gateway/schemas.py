@@ -1,0 +1,171 @@
+"""What a client may send to /v1/completions, checked and typed.
+
+The structure is checked by pydantic, the sampling parameters by the engine's own table
+(``triton_backend.sampling_params``), so both doors say the same about the same value. Unknown fields are tolerated,
+because clients send many; fields that are known and would change the answer if ignored are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from control_plane.errors import BadRequest, NotFound
+from triton_backend.errors import InvalidRequest
+from triton_backend.sampling_params import FIELDS, UNSUPPORTED, SamplingParams
+
+MAX_PROMPTS = 256
+MAX_TOKEN_ID = 2**31 - 1
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (None, True),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "logits_processors": (None, []),
+    "prompt_embeds": (None,),
+    "return_tokens_as_token_ids": (None, False),
+    "suffix": (None, ""),
+}
+"""Known to OpenAI or vLLM, not to us, with the values that ask for nothing; the engine's own list is UNSUPPORTED."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its text, or its token ids."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+def parse_prompts(value: Any) -> tuple[Prompt, ...]:
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+    if isinstance(value, str):
+        return (Prompt(text=value),)
+    if _is_token_ids(value):
+        return (Prompt(token_ids=tuple(value)),)
+    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
+        if all(isinstance(item, str) for item in value):
+            return tuple(Prompt(text=item) for item in value)
+        if all(_is_token_ids(item) for item in value):
+            return tuple(Prompt(token_ids=tuple(item)) for item in value)
+    raise ValueError(
+        f"a string, a list of 1 to {MAX_PROMPTS} strings, a list of token ids, or a list of lists of token ids"
+    )
+
+
+class CompletionRequest(BaseModel):
+    """OpenAI's legacy completions with vLLM's additions; every sampling parameter stays in ``model_extra``."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(parse_prompts)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the client named, under the engine's names."""
+        values = dict(self.model_extra or {})
+        if values.get("max_tokens") is None:
+            values["max_tokens"] = values.get("max_completion_tokens")
+        if self.logprobs is not None:
+            values["logprobs"] = self.logprobs
+        return {name: value for name, value in values.items() if name in FIELDS and value is not None}
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+def parse_completion(body: bytes) -> tuple[CompletionRequest, SamplingParams]:
+    """Parse and check a request body; raises BadRequest naming field, value and expectation."""
+    document = _json_object(body)
+    try:
+        request = CompletionRequest.model_validate(document)
+        values = dict(request.model_extra or {})
+        if values.get("best_of") == values.get("n"):
+            values.pop("best_of", None)
+        _refuse(values)
+        params = SamplingParams.from_mapping({**_only(UNSUPPORTED, values), **request.sampling})
+    except ValidationError as error:
+        raise BadRequest(_sentence(error)) from None
+    except InvalidRequest as error:
+        raise BadRequest(error.args[0]) from None
+    if request.echo and request.logprobs is not None:
+        raise BadRequest("echo with logprobs is not supported yet; leave one of them out")
+    if request.echo and any(prompt.text is None for prompt in request.prompt):
+        raise BadRequest("echo with token ids is not supported yet; send the prompt as text")
+    if not MODEL_NAME.fullmatch(request.model):
+        raise NotFound(f"model {request.model!r:.200} does not exist; GET /v1/models lists those that do")
+    return request, params
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(body)
+        # A lone surrogate (half of an emoji, "\ud83d") is valid JSON but no text: nothing can encode it.
+        if b"\\ud" in body.lower():
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise BadRequest(f"the body is not valid UTF-8 text ({error}); encode it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON ({error}); expected an object") from None
+    if not isinstance(document, dict):
+        raise BadRequest(f"the body is a JSON {type(document).__name__}; expected an object")
+    return document
+
+
+def _refuse(values: Mapping[str, Any]) -> None:
+    for name, neutral in REFUSED.items():
+        if name in values and values[name] not in neutral:
+            raise BadRequest(f"{name} has value {_shown(values[name])}, but it is not supported; leave it out")
+
+
+def _only(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in value)
+    )
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    # Steps inside a union (…, 'constrained-int') mean nothing to a client.
+    name = ".".join(str(step) for step in first["loc"] if str(step) not in ("constrained-int", "int", "bool"))
+    expected = first["msg"].removeprefix("Value error, ").replace("Input should be ", "")
+    if first["type"] == "missing":
+        return f"{name} is missing; it is required"
+    return f"{name} has value {_shown(first['input'])}; expected {expected}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 80 else text[:77] + "…"

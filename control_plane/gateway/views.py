@@ -1,0 +1,101 @@
+"""Routes under /v1: parse, one service call, render."""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+from collections.abc import Callable, Generator, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import structlog
+from apiflask import APIBlueprint
+from flask import Response, current_app, jsonify, request
+
+from control_plane.auth.services import require_key
+from control_plane.errors import ClientGone, ControlPlaneError, Overloaded
+from control_plane.gateway.schemas import parse_completion
+from control_plane.gateway.services import Completion, served_model, served_models
+from control_plane.responses import error_body, read_body
+from control_plane.settings import Settings
+from control_plane.triton import TritonClient
+
+gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
+log = structlog.get_logger(__name__)
+
+
+@gateway.get("/models")
+@require_key("viewer")
+def list_models() -> dict[str, Any]:
+    return {"object": "list", "data": served_models(_triton(), _settings())}
+
+
+@gateway.get("/models/<name>")
+@require_key("viewer")
+def get_model(name: str) -> dict[str, Any]:
+    return served_model(_triton(), _settings(), name)
+
+
+@gateway.post("/completions")
+@require_key("developer")
+def create_completion() -> Response:
+    body, params = parse_completion(read_body())
+    completion = Completion(_triton(), _settings(), body, params, _hung_up(request.environ.get("gunicorn.socket")))
+    slots = current_app.extensions["completion_slots"]
+    if not slots.acquire(blocking=False):
+        raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
+    try:
+        response = _event_stream(completion.chunks()) if body.stream else jsonify(completion.whole())
+    except BaseException:
+        slots.release()
+        raise
+    response.call_on_close(slots.release)
+    return response
+
+
+def _event_stream(chunks: Generator[dict[str, Any], None, None]) -> Response:
+    # The first chunk is awaited before the status line is sent, so early errors have a status of their own.
+    first = list(islice(chunks, 1))
+    response = Response(_events(chain(first, chunks)), content_type="text/event-stream; charset=utf-8")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    response.call_on_close(chunks.close)
+    return response
+
+
+def _events(chunks: Iterator[dict[str, Any]]) -> Iterator[str]:
+    try:
+        for chunk in chunks:
+            yield _event(chunk)
+        yield "data: [DONE]\n\n"
+    except ClientGone:
+        log.info("stream_abandoned")
+    except ControlPlaneError as error:
+        log.warning("stream_failed", code=error.code, reason=str(error))
+        yield _event(error_body(str(error), error.status, error.code))
+    except Exception as error:
+        log.error("stream_crashed", exc_info=error)
+        yield _event(error_body("internal error; the log has it", 500, "internal_error"))
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _hung_up(connection: socket.socket | None) -> Callable[[], bool]:
+    """Ask the operating system whether the client closed its connection; reads nothing of what it may have sent."""
+    if connection is None:
+        return lambda: False
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLRDHUP)
+    # POLLHUP and POLLERR are reported without being asked for.
+    return lambda: bool(poll.poll(0))
+
+
+def _triton() -> TritonClient:
+    return current_app.extensions["triton"]
+
+
+def _settings() -> Settings:
+    return current_app.config["SETTINGS"]

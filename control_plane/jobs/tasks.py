@@ -1,0 +1,23 @@
+"""Tasks that a worker runs. They take ids, do one thing, and are safe to run twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import redis
+from celery import current_app, shared_task
+
+REPLY_TTL_S = 60
+
+
+@shared_task(name="canary")
+def canary(reply_to: str) -> None:
+    """Prove that a worker really consumes its queue: put its clock (seconds since the epoch) and pid into a Redis list.
+
+    Redis deletes the list after a minute if nobody waits for it.
+    """
+    answer = json.dumps({"clock_s": time.time(), "pid": os.getpid()})
+    with redis.Redis.from_url(current_app.conf.broker_url) as client, client.pipeline() as pipeline:
+        pipeline.rpush(reply_to, answer).expire(reply_to, REPLY_TTL_S).execute()

@@ -1,0 +1,1 @@
+"""Starts and stops an installation on one machine: preflight, Triton, the starter model, the supervised processes."""

@@ -1,0 +1,64 @@
+"""Makes the starter model, so that a new installation has something to serve: train, export, install.
+
+Every step's result is a folder that is complete or absent, so each step first asks whether it is already done, and a
+killed start goes on where it was.
+
+    LLMOS_HOME/checkpoints/<name>/   ─►   LLMOS_HOME/versions/<name>/1/   ─►   model_repository/<name>/1/
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from control_plane.launcher.console import Screen
+from control_plane.launcher.processes import child_environment
+from control_plane.registry.model_directory import InstalledModel, install, installed_models, refresh_configs
+from control_plane.settings import PROJECT_ROOT, Settings
+from control_plane.subprocesses import run_child
+from triton_backend.errors import VersionFolderError
+from triton_backend.version_folder import verify
+
+FIRST_VERSION = 1
+
+
+def ensure_a_model(settings: Settings, screen: Screen) -> InstalledModel:
+    """Return a model to serve, the starter if it is there; makes it if nothing is installed. Raises ChildFailed."""
+    refresh_configs(settings.model_repository)
+    models = installed_models(settings.model_repository)
+    if not models:
+        models = [_make(settings, screen)]
+    return next((model for model in models if model.name == settings.starter_model), models[0])
+
+
+def _make(settings: Settings, screen: Screen) -> InstalledModel:
+    name = settings.starter_model
+    checkpoint = settings.checkpoints_dir / name
+    if not (checkpoint / "config.json").is_file():
+        train = (sys.executable, "-m", "control_plane.training.recipes.pretrain")
+        _run(settings, screen, f"train {name}, a small English model", train, checkpoint)
+    version_folder = settings.versions_dir / name / str(FIRST_VERSION)
+    if not _is_sealed(version_folder):
+        export = (sys.executable, "-m", "exporters", str(checkpoint))
+        _run(settings, screen, f"export {name} to ONNX and prove it equal", export, version_folder)
+    with screen.step(f"install {name} version {FIRST_VERSION}"):
+        return install(version_folder, settings.model_repository, name, FIRST_VERSION)
+
+
+def _run(settings: Settings, screen: Screen, title: str, command: Sequence[str], out: Path) -> None:
+    """Run a child that makes the folder ``out``; both of ours rename it into place when it is complete."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with screen.child(title) as on_event:
+        run_child([*command, str(out)], on_event, child_environment(settings), PROJECT_ROOT)
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except VersionFolderError:
+        return False
+    return True
+

@@ -1,0 +1,227 @@
+"""The process supervisor of one machine: its configuration, its start, and a typed client.
+
+supervisord (the ``supervisor`` package) runs Redis, Triton, the web server, the worker and the reconciler, restarts
+what ends, with a growing pause when it ends at once, and writes one log file each. Each program leads a process group
+that is stopped whole. It is steered over a Unix socket that only its owner may open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import xmlrpc.client
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from control_plane.errors import ControlPlaneError
+from control_plane.launcher import redis_server
+from control_plane.launcher.processes import child_environment
+from control_plane.registry.model_processes import home_digest
+from control_plane.settings import PROJECT_ROOT, Settings
+
+# The address of a Unix socket has 108 bytes; supervisord first binds "<path>.<pid>".
+MAX_SOCKET_PATH_BYTES = 96
+LOG_BYTES = 20 << 20
+LOG_BACKUPS = 3
+START_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """One supervised process. Lower ``priority`` starts earlier and stops later.
+
+    SIGTERM goes to its whole group, or, without ``stop_group``, to the process alone, which then ends its children
+    itself. SIGKILL, after ``stop_wait_s``, always goes to the group.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    priority: int
+    stop_wait_s: int = 10
+    stop_group: bool = True
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """``state`` is supervisord's word: STARTING, RUNNING, BACKOFF, STOPPING, STOPPED, EXITED, FATAL or UNKNOWN."""
+
+    name: str
+    state: str
+    pid: int
+    started_at: float
+    description: str
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "RUNNING"
+
+
+def programs(settings: Settings) -> list[Program]:
+    python = sys.executable
+    gunicorn = ("gunicorn", "control_plane.wsgi:app", f"--bind={settings.host}:{settings.web_port}")
+    threads = ("--worker-class=gthread", "--workers=1", f"--threads={settings.web_threads}", "--graceful-timeout=10")
+    celery = ("celery", "--app=control_plane.worker", "worker", "--concurrency=1", "--queues=default")
+    listed = [
+        # A model process that gets a SIGTERM of its own sometimes no longer hears Triton, which then waits for nothing.
+        Program("triton", (python, "-m", "control_plane.launcher.run_triton"), 20, stop_wait_s=20, stop_group=False),
+        Program("reconciler", (python, "-m", "control_plane.registry.reconciler"), 30),
+        Program("worker", (python, "-m", *celery), 40, stop_wait_s=15),
+        Program("web", (python, "-m", *gunicorn, *threads), 50, stop_wait_s=15),
+    ]
+    if settings.starts_redis:
+        redis = (str(redis_server.find_binary()), str(settings.run_dir / "redis.conf"))
+        listed.insert(0, Program("redis", redis, 10))
+    return listed
+
+
+def socket_path(settings: Settings) -> Path:
+    """Where supervisord listens: in LLMOS_HOME/run, or in a private folder elsewhere if that path is too long."""
+    path = settings.run_dir / "supervisor.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        return path
+    name = f"llmos-{os.getuid()}-{home_digest(settings)}"
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    if len(os.fsencode(runtime)) > 60 or not os.access(runtime, os.W_OK):
+        runtime = Path("/tmp")
+    return runtime / name / "supervisor.sock"
+
+
+def log_path(settings: Settings, name: str) -> Path:
+    return settings.logs_dir / f"{name}.log"
+
+
+def render_config(settings: Settings) -> str:
+    sections = [
+        f"""\
+[supervisord]
+logfile={_escape(log_path(settings, "supervisord"))}
+logfile_maxbytes={LOG_BYTES}
+logfile_backups={LOG_BACKUPS}
+pidfile={_escape(settings.run_dir / "supervisord.pid")}
+childlogdir={_escape(settings.logs_dir)}
+directory={_escape(PROJECT_ROOT)}
+nodaemon=true
+silent=true
+
+[unix_http_server]
+file={_escape(socket_path(settings))}
+chmod=0700
+
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+"""
+    ]
+    sections += [_program_section(settings, program) for program in programs(settings)]
+    return "\n".join(sections)
+
+
+def _program_section(settings: Settings, program: Program) -> str:
+    # supervisord expands this option twice.
+    log = _escape(_escape(log_path(settings, program.name)))
+    # The pause before retry n is n seconds, so a thousand retries go on for days.
+    return f"""\
+[program:{program.name}]
+command={_escape(shlex.join(program.command))}
+priority={program.priority}
+autorestart=true
+startsecs=2
+startretries=1000
+stopasgroup={str(program.stop_group).lower()}
+killasgroup=true
+stopwaitsecs={program.stop_wait_s}
+redirect_stderr=true
+stdout_logfile={log}
+stdout_logfile_maxbytes={LOG_BYTES}
+stdout_logfile_backups={LOG_BACKUPS}
+"""
+
+
+def _escape(value: object) -> str:
+    return str(value).replace("%", "%%")
+
+
+def start(settings: Settings) -> subprocess.Popen[bytes]:
+    """Write the configuration and start supervisord in a session of its own; returns when it answers."""
+    for folder in (settings.run_dir, settings.logs_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    _make_socket_folder(socket_path(settings).parent)
+    socket_path(settings).unlink(missing_ok=True)
+    config = settings.run_dir / "supervisord.conf"
+    config.write_text(render_config(settings), encoding="utf-8")
+    (settings.run_dir / "redis.conf").write_text(redis_server.render_config(settings), encoding="utf-8")
+    with log_path(settings, "supervisord").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", config],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=child_environment(settings),
+            cwd=PROJECT_ROOT,
+            start_new_session=True,
+        )
+    client, deadline = SupervisorClient(settings), time.monotonic() + START_TIMEOUT_S
+    while not client.is_alive():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise ControlPlaneError(f"supervisord did not start; see {log_path(settings, 'supervisord')}")
+        time.sleep(0.05)
+    return process
+
+
+def _make_socket_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # In a shared temporary folder somebody else may have made it first.
+    if folder.stat().st_uid != os.getuid():
+        raise ControlPlaneError(f"{folder} belongs to another user; remove it or set XDG_RUNTIME_DIR")
+
+
+class SupervisorClient:
+    """Steers the supervisord of one installation; one thread at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._socket = socket_path(settings)
+
+    def is_alive(self) -> bool:
+        with contextlib.suppress(ControlPlaneError):
+            return self._call("getState")["statename"] in ("RUNNING", "RESTARTING")
+        return False
+
+    def pid(self) -> int:
+        """Process id of supervisord; raises ControlPlaneError if it is not running."""
+        return int(self._call("getPID"))
+
+    def processes(self) -> list[ProcessStatus]:
+        """Every program, in the order they start; empty if supervisord is not running."""
+        try:
+            found = self._call("getAllProcessInfo")
+        except ControlPlaneError:
+            return []
+        return [ProcessStatus(p["name"], p["statename"], p["pid"], p["start"], p["description"]) for p in found]
+
+    def restart(self, name: str) -> None:
+        self._call("stopProcess", name)
+        self._call("startProcess", name, False)
+
+    def shut_down(self) -> None:
+        """Ask supervisord to stop every program and then itself; returns at once."""
+        self._call("shutdown")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        # Imported here: it is slow, and most commands need it once or never.
+        from supervisor.xmlrpc import SupervisorTransport
+
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        try:
+            server = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
+            return getattr(server.supervisor, method)(*arguments)
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+            raise ControlPlaneError(f"supervisord does not answer on {self._socket}: {error}") from error
+        finally:
+            transport.close()

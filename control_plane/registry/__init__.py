@@ -1,0 +1,1 @@
+"""Models, their versions, and what Triton serves of them."""

@@ -1,0 +1,120 @@
+"""A Triton without Triton, for tests that take milliseconds: the interface of ``TritonClient``, scripted answers.
+
+``FakeTriton({"starter": word_by_word})``: a script turns a call into the responses it gets, and may raise any
+ControlPlaneError at any point. It says whether a request was closed before its end, as the engine would see it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+
+from control_plane.errors import ClientGone, ControlPlaneError, NotFound, TritonUnavailable
+from control_plane.triton import TritonClient
+from control_plane.triton_wire import GenerateCall, IndexEntry, ProbeResult
+from triton_backend.protocol import GenerateResponse, SequenceOutput, TokenLogprob
+
+Script = Callable[[GenerateCall], Iterable[GenerateResponse]]
+
+
+class FakeTriton(TritonClient):
+    """``models`` maps a model's name to its script. Set ``is_running`` or ``probe_error`` to break things."""
+
+    def __init__(self, models: Mapping[str, Script]) -> None:
+        super().__init__("fake")
+        self.models = dict(models)
+        self.is_running = True
+        self.probe_error: ControlPlaneError | None = None
+        self.calls: list[GenerateCall] = []
+        self.num_probes = 0
+        self.num_cancelled = 0
+
+    def is_live(self) -> bool:
+        return self.is_running
+
+    def server_version(self) -> str:
+        self._require_running()
+        return "fake"
+
+    def repository_index(self) -> list[IndexEntry]:
+        self._require_running()
+        return [IndexEntry(name, "1", "READY", "") for name in self.models]
+
+    def load(self, name: str, timeout_s: float = 1.0) -> None:
+        self._require_running()
+        self.models.setdefault(name, word_by_word)
+
+    def unload(self, name: str, timeout_s: float = 1.0) -> None:
+        self._require_running()
+        self.models.pop(name, None)
+
+    def probe(self, model: str, timeout_s: float | None = None) -> ProbeResult:
+        self._require_running()
+        self._script(model)
+        self.num_probes += 1
+        if self.probe_error is not None:
+            raise self.probe_error
+        return ProbeResult(latency_s=0.002, engine_uptime_s=60.0, digest="fake")
+
+    def generate_many(
+        self, calls: Sequence[GenerateCall], timeout_s: float, is_abandoned: Callable[[], bool] | None = None
+    ) -> Generator[tuple[int, GenerateResponse], None, None]:
+        self._require_running()
+        self.calls += calls
+        is_finished = False
+        try:
+            for position, call in enumerate(calls):
+                for response in self._script(call.model)(call):
+                    if is_abandoned is not None and is_abandoned():
+                        raise ClientGone("the client hung up before its answer was complete")
+                    yield position, response
+            is_finished = True
+        finally:
+            self.num_cancelled += not is_finished
+
+    def close(self) -> None:
+        self.is_running = False
+
+    def _require_running(self) -> None:
+        if not self.is_running:
+            raise TritonUnavailable("Triton at fake does not answer")
+
+    def _script(self, model: str) -> Script:
+        if model not in self.models:
+            raise NotFound(f"Request for unknown model: '{model}' is not found")
+        return self.models[model]
+
+
+def word_by_word(call: GenerateCall, pause_s: float = 0.0) -> Iterable[GenerateResponse]:
+    """Answer "w0 w1 …" with one token per word, in the manner of the engine: deltas, or everything at once."""
+    num_tokens, num_sequences = call.sampling.get("max_tokens", 16), call.sampling.get("n", 1)
+    num_input_tokens = len(call.input_ids) if call.text is None else len(call.text.split())
+    step = 1 if call.stream else num_tokens
+    for start in range(0, num_tokens, step):
+        time.sleep(pause_s)
+        finished = start + step >= num_tokens
+        tokens = range(start, start + step)
+        output = SequenceOutput(
+            index=0,
+            text="".join(f"w{i} " for i in tokens),
+            token_ids=tuple(tokens),
+            finish_reason="length" if finished else None,
+            logprobs=tuple(_alternatives(i) for i in tokens) if call.return_logprobs else (),
+        )
+        outputs = tuple(_with_index(output, index) for index in range(num_sequences))
+        metrics = {"cached_tokens": 0, "engine_uptime_s": 60.0, "digest": "fake"} if finished else {}
+        yield GenerateResponse(call.request_id, outputs, num_input_tokens, finished, metrics)
+
+
+def _with_index(output: SequenceOutput, index: int) -> SequenceOutput:
+    return SequenceOutput(
+        index=index,
+        text=output.text,
+        token_ids=output.token_ids,
+        finish_reason=output.finish_reason,
+        logprobs=output.logprobs,
+    )
+
+
+def _alternatives(token_id: int) -> tuple[TokenLogprob, ...]:
+    return (TokenLogprob(token_id, -0.5, 1, f"w{token_id} "), TokenLogprob(99, -1.5, 2, "other"))

@@ -1,0 +1,203 @@
+"""What is running and how well: models by a one-token probe, processes by asking each of them.
+
+``SystemStatus`` owns the answers of the last moments, so that many readers cost one probe. Every question runs at the
+same time as the others and has a time limit: the slowest answers for itself only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import redis
+import sqlalchemy
+from flask import Flask
+
+from control_plane.errors import ControlPlaneError, RequestTimeout
+from control_plane.extensions import db
+from control_plane.jobs.services import ping_worker
+from control_plane.registry import serving_state
+from control_plane.registry.model_directory import InstalledModel, installed_models
+from control_plane.settings import Settings
+from control_plane.triton import IndexEntry, TritonClient
+from control_plane.version_facts import VersionFacts, read_version_facts
+
+MODELS_TTL_S = 1.0
+PROCESSES_TTL_S = 5.0
+PROCESS_TIMEOUT_S = 2.0
+MAX_PROBES_AT_ONCE = 16
+PACKAGES = ("llmos", "onnxruntime-gpu", "onnxruntime", "torch", "transformers", "tritonclient", "flask", "celery")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """``state`` is ``ready`` (the engine answered a probe), ``loading`` or ``failed``; ``reason`` says why."""
+
+    name: str
+    version: int
+    state: str
+    reason: str | None
+    latency_ms: float | None
+    facts: VersionFacts
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """``state`` is ``ready`` or ``failed``; ``detail`` says what it is, or why it failed."""
+
+    name: str
+    purpose: str
+    state: str
+    detail: str
+
+
+class Cached(Generic[T]):
+    """The value of ``compute``, at most ``ttl_s`` old. One thread computes, the others wait for it."""
+
+    def __init__(self, ttl_s: float, compute: Callable[[], T]) -> None:
+        self._ttl_s = ttl_s
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._value: tuple[float, T] | None = None
+
+    def get(self) -> T:
+        with self._lock:
+            if self._value is None or time.monotonic() - self._value[0] >= self._ttl_s:
+                value = self._compute()
+                self._value = (time.monotonic(), value)
+            return self._value[1]
+
+
+class SystemStatus:
+    """Answers of one web process, shared by its threads."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+        self._settings: Settings = app.config["SETTINGS"]
+        self._triton: TritonClient = app.extensions["triton"]
+        self._models = Cached(MODELS_TTL_S, self._ask_models)
+        self._processes = Cached(PROCESSES_TTL_S, self._ask_processes)
+
+    def models(self) -> list[ModelStatus]:
+        return self._models.get()
+
+    def processes(self) -> list[ProcessStatus]:
+        return self._processes.get()
+
+    def _ask_models(self) -> list[ModelStatus]:
+        installed = installed_models(self._settings.model_repository)
+        try:
+            index = {entry.name: entry for entry in sorted(self._triton.repository_index(), key=_readiness)}
+        except ControlPlaneError as error:
+            return [_status(model, "failed", str(error)) for model in installed]
+        if not installed:
+            return []
+        with ThreadPoolExecutor(min(MAX_PROBES_AT_ONCE, len(installed)), thread_name_prefix="probe") as pool:
+            return list(pool.map(lambda model: self._ask_model(model, index.get(model.name)), installed))
+
+    def _ask_model(self, model: InstalledModel, entry: IndexEntry | None) -> ModelStatus:
+        if entry is None or not entry.is_ready:
+            return self._unready(model, entry)
+        try:
+            probe = self._triton.probe(model.name, self._settings.probe_timeout_s)
+        except RequestTimeout:
+            return _status(model, "failed", f"no answer to a probe within {self._settings.probe_timeout_s:g} s")
+        except ControlPlaneError as error:
+            return _status(model, "failed", str(error))
+        return _status(model, "ready", None, latency_ms=round(probe.latency_s * 1000, 1))
+
+    def _unready(self, model: InstalledModel, entry: IndexEntry | None) -> ModelStatus:
+        known = serving_state.read(self._settings).models.get(model.name)
+        if known is not None and known.state == serving_state.FAILED_TO_LOAD:
+            return _status(model, "failed", known.message or known.reason or "it failed to load")
+        if entry is not None and entry.state == "UNAVAILABLE" and entry.reason not in ("", "unloaded"):
+            return _status(model, "failed", entry.reason)
+        return _status(model, "loading", "waiting for Triton to load it" if known is None else f"it is {known.state}")
+
+    def _ask_processes(self) -> list[ProcessStatus]:
+        questions = [
+            ("Triton", "runs the engine", self._ask_triton),
+            ("Reconciler", "keeps installed models served", self._ask_reconciler),
+            ("Worker", "runs exports, training and data jobs", self._ask_worker),
+            ("Redis", "wakes workers", self._ask_redis),
+            ("Database", "the record of everything", self._ask_database),
+        ]
+        with ThreadPoolExecutor(len(questions), thread_name_prefix="status") as pool:
+            return list(pool.map(lambda question: _ask(*question), questions))
+
+    def _ask_triton(self) -> str:
+        return f"version {self._triton.server_version()}"
+
+    def _ask_reconciler(self) -> str:
+        if not serving_state.read(self._settings).is_current:
+            raise ControlPlaneError("no sign of life; see its log")
+        return "watching"
+
+    def _ask_worker(self) -> str:
+        ping = ping_worker(self._app.extensions["celery"], PROCESS_TIMEOUT_S)
+        return f"ran a task in {ping.latency_s * 1000:.0f} ms"
+
+    def _ask_redis(self) -> str:
+        with redis.Redis.from_url(self._settings.redis_url, socket_timeout=PROCESS_TIMEOUT_S) as client:
+            return f"version {client.info('server')['redis_version']}"
+
+    def _ask_database(self) -> str:
+        with self._app.app_context():
+            db.session.execute(sqlalchemy.text("SELECT 1"))
+            return str(db.engine.dialect.name)
+
+
+def health_report(models: list[ModelStatus]) -> tuple[dict[str, Any], bool]:
+    """Body of /health/ready, and whether every installed model (at least one) is ready."""
+    is_ready = bool(models) and all(model.state == "ready" for model in models)
+    report: dict[str, Any] = {
+        "status": "ready" if is_ready else "not_ready",
+        "models": {
+            model.name: {
+                "version": model.version,
+                "state": model.state,
+                "latency_ms": model.latency_ms,
+                "reason": model.reason,
+            }
+            for model in models
+        },
+    }
+    if not models:
+        report["reason"] = "no model is installed"
+    return report, is_ready
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what matters here, without importing any of it."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _readiness(entry: IndexEntry) -> bool:
+    # A dict keeps the last of equal names: a ready version wins over one that is unloading.
+    return entry.is_ready
+
+
+def _status(model: InstalledModel, state: str, reason: str | None, latency_ms: float | None = None) -> ModelStatus:
+    return ModelStatus(model.name, model.version, state, reason, latency_ms, read_version_facts(model.folder))
+
+
+def _ask(name: str, purpose: str, question: Callable[[], str]) -> ProcessStatus:
+    try:
+        return ProcessStatus(name, purpose, "ready", question())
+    except (ControlPlaneError, redis.RedisError, sqlalchemy.exc.SQLAlchemyError) as error:
+        # One line is enough for a page; the log of the process has the rest.
+        return ProcessStatus(name, purpose, "failed", str(error).splitlines()[0])

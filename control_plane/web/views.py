@@ -1,0 +1,58 @@
+"""The index page with its live part, and the health endpoints. All of it is public: it shows states, never content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apiflask import APIBlueprint
+from flask import Response, current_app, jsonify, render_template, request
+
+from control_plane.settings import Settings
+from control_plane.web.services import SystemStatus, health_report, package_versions
+
+pages = APIBlueprint("web", __name__, template_folder="templates")
+
+
+@pages.get("/")
+def index() -> str:
+    settings = _settings()
+    return render_template(
+        "index.html",
+        base_url=request.host_url.rstrip("/"),
+        settings=settings,
+        versions=package_versions(),
+        **_live(),
+    )
+
+
+@pages.get("/status")
+def status() -> str:
+    """The part of the index page that changes; the page fetches it every few seconds."""
+    return render_template("status.html", **_live())
+
+
+@pages.get("/health")
+@pages.get("/health/live")
+def live() -> dict[str, str]:
+    return {"status": "live"}
+
+
+@pages.get("/health/ready")
+def ready() -> Response:
+    report, is_ready = health_report(_system().models())
+    response = jsonify(report)
+    response.status_code = 200 if is_ready else 503
+    return response
+
+
+def _live() -> dict[str, Any]:
+    system = _system()
+    return {"models": system.models(), "processes": system.processes()}
+
+
+def _system() -> SystemStatus:
+    return current_app.extensions["system_status"]
+
+
+def _settings() -> Settings:
+    return current_app.config["SETTINGS"]

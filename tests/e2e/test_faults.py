@@ -1,0 +1,105 @@
+"""What breaks is mended without a person, or refused with its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from control_plane.errors import ControlPlaneError, NotFound
+from control_plane.registry import model_processes, serving_state
+from control_plane.registry.model_directory import install
+from control_plane.registry.serving_state import FAILED_TO_LOAD
+from control_plane.triton import GenerateCall, TritonClient, connect
+from tests.e2e.conftest import Stack, wait_for
+
+pytestmark = pytest.mark.e2e
+HEAL_S = 15.0
+
+
+@pytest.fixture
+def triton(stack: Stack) -> Iterator[TritonClient]:
+    stack.wait_loaded()
+    client = connect(stack.settings)
+    yield client
+    client.close()
+
+
+def answers(triton: TritonClient, model: str) -> bool:
+    try:
+        return bool(triton.generate(GenerateCall(model, text="The", sampling={"max_tokens": 2}), 5.0).outputs)
+    except ControlPlaneError:
+        return False
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended; Triton collects its dead children late."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_killed_model_process_is_replaced_within_15_s(stack: Stack, triton: TritonClient) -> None:
+    pid = stack.stub_pid()
+    assert pid is not None and answers(triton, stack.model)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: is_gone(pid), 5, "end of the process")
+    assert wait_for(lambda: answers(triton, stack.model), HEAL_S, "an answer") < HEAL_S
+    assert stack.stub_pid() != pid
+    stack.wait_loaded()
+
+
+def test_stopped_model_process_is_replaced_and_does_not_stay(stack: Stack, triton: TritonClient) -> None:
+    pid = stack.stub_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: is_gone(pid), 20, "end of the stopped process")
+    wait_for(lambda: answers(triton, stack.model), HEAL_S, "an answer")
+    stack.wait_loaded()
+
+
+def test_killed_triton_comes_back_with_its_models_and_leaves_no_orphans(stack: Stack, triton: TritonClient) -> None:
+    old_server, old_stub = stack.triton_pid(), stack.stub_pid()
+    assert old_server is not None and old_stub is not None
+    os.kill(old_server, signal.SIGKILL)
+    wait_for(lambda: stack.triton_pid() not in (None, old_server), HEAL_S, "a new server")
+    wait_for(lambda: answers(triton, stack.model), HEAL_S, "an answer")
+    assert model_processes.orphan_stubs(stack.settings) == []
+    assert is_gone(old_stub)
+    stack.wait_loaded()
+
+
+def test_changed_weights_are_refused_by_name_and_other_models_go_on(stack: Stack, triton: TritonClient) -> None:
+    version_folder = stack.settings.versions_dir / stack.model / "1"
+    damaged = install(version_folder, stack.settings.model_repository, "damaged", 1)
+    try:
+        stack.wait_loaded("damaged")
+        weights = damaged.folder / "model.onnx.data"
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+        # What is loaded goes on; the change is met when the model is loaded again.
+        pid = stack.stub_pid("damaged")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: stack.model_state("damaged") == FAILED_TO_LOAD, 30, "refusal of the damaged model")
+        state = serving_state.read(stack.settings).models["damaged"]
+        assert state.reason == "ModelLoadFailed"
+        assert state.message is not None and str(weights) in state.message and "Traceback" not in state.message
+        assert answers(triton, stack.model)
+        assert stack.llmos("status").returncode == 1
+        # Repaired files are tried at once, whatever the pause was.
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+        stack.wait_loaded("damaged")
+        assert answers(triton, "damaged")
+    finally:
+        damaged.folder.parent.rename(stack.home / "removed")
+        wait_for(lambda: stack.model_state("damaged") is None, 15, "end of the removed model")
+    assert stack.llmos("status").returncode == 0
+
+
+def test_unknown_model_is_not_found(stack: Stack, triton: TritonClient) -> None:
+    with pytest.raises(NotFound, match="nosuch"):
+        triton.generate(GenerateCall("nosuch", text="x"), 5.0)

@@ -1,0 +1,107 @@
+"""Real processes for the tests of this folder: a Redis, a worker, a gunicorn; each on a port of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from control_plane.launcher import redis_server
+from control_plane.settings import PROJECT_ROOT, Settings
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(is_true: Callable[[], object], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:g} s"
+        time.sleep(0.05)
+
+
+class Process:
+    """A child process with its output in a file; ended, and killed if need be, by ``stop``."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as stream:
+            self._child = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=stream, cwd=PROJECT_ROOT, start_new_session=True
+            )
+
+    def stop(self) -> None:
+        self._child.terminate()
+        try:
+            self._child.wait(10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMOS_")}
+    return {
+        **kept,
+        "LLMOS_HOME": str(tmp_path / "home"),
+        "LLMOS_MODEL_REPOSITORY": str(tmp_path / "models"),
+        "LLMOS_REDIS_PORT": str(free_port()),
+        "LLMOS_WEB_PORT": str(free_port()),
+    }
+
+
+@pytest.fixture
+def settings(environment: dict[str, str]) -> Settings:
+    return Settings.from_environment(environment)
+
+
+class Redis:
+    """A Redis server that can be stopped and started again on the same port."""
+
+    def __init__(self, settings: Settings, environment: dict[str, str], folder: Path) -> None:
+        self._settings, self._environment, self._folder = settings, environment, folder
+        self.start()
+
+    def start(self) -> None:
+        binary = str(redis_server.find_binary())
+        command = [binary, "--port", str(self._settings.redis_port), "--bind", "127.0.0.1", "--save", ""]
+        self._process = Process([*command, "--dir", str(self._folder)], self._environment, self._folder / "redis.log")
+        wait_for(self._answers, 10, "start of Redis")
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def _answers(self) -> bool:
+        try:
+            with redis.Redis.from_url(self._settings.redis_url) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+
+@pytest.fixture
+def redis_process(settings: Settings, environment: dict[str, str], tmp_path: Path) -> Iterator[Redis]:
+    process = Redis(settings, environment, tmp_path)
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def worker(redis_process: Redis, environment: dict[str, str], tmp_path: Path) -> Iterator[Process]:
+    command = [sys.executable, "-m", "celery", "--app=control_plane.worker", "worker"]
+    process = Process(
+        [*command, "--concurrency=1", "--queues=default", "--loglevel=info"], environment, tmp_path / "worker.log"
+    )
+    yield process
+    process.stop()

@@ -1,0 +1,25 @@
+"""Commands that need a database or start a child."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.control_plane.test_cli import llmos
+
+pytestmark = pytest.mark.integration
+
+
+def test_checkpoint_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    result = llmos(tmp_path, "export", str(tmp_path / "nosuch"), str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert "nosuch" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_key_is_printed_alone_and_a_wrong_role_is_refused(tmp_path: Path) -> None:
+    created = llmos(tmp_path, "keys", "create", "laptop", "--role", "viewer")
+    assert created.returncode == 0, created.stderr
+    assert created.stdout.startswith("llmos_") and len(created.stdout.splitlines()) == 1
+    refused = llmos(tmp_path, "keys", "create", "laptop", "--role", "king")
+    assert refused.returncode == 1 and "'king'" in refused.stderr

@@ -1,0 +1,62 @@
+"""An application with a Triton that needs no server, and a database in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from control_plane import create_app
+from control_plane.auth.services import create_key
+from control_plane.extensions import db
+from control_plane.settings import Settings
+from control_plane.triton_fake import FakeTriton, word_by_word
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    return Settings.from_environment(
+        {
+            "LLMOS_HOME": str(tmp_path / "home"),
+            "LLMOS_MODEL_REPOSITORY": str(tmp_path / "models"),
+            "LLMOS_DATABASE_URL": "sqlite://",
+            # Nothing listens there: whatever needs Redis must fail fast and say so.
+            "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0",
+            "LLMOS_REQUEST_LIMIT_BYTES": "65536",
+        }
+    )
+
+
+@pytest.fixture
+def triton(settings) -> FakeTriton:
+    version = settings.model_repository / "starter" / "3"
+    version.mkdir(parents=True)
+    (version.parent / "config.pbtxt").write_text("")
+    files = {"model.onnx": {"size_bytes": 2_500_000}}
+    (version / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    model = {"architecture": "LlamaForCausalLM", "precision": "fp32"}
+    (version / "model.json").write_text(json.dumps({"model": model, "engine": {"max_model_len": 512}}))
+    summary = {"passed": True, "num_tokens_compared": 768, "max_logit_difference": 1.3e-5}
+    (version / "certificate.json").write_text(json.dumps({"passed": True, "summary": summary}))
+    return FakeTriton({"starter": word_by_word})
+
+
+@pytest.fixture
+def app(settings, triton):
+    app = create_app(settings, triton)
+    with app.app_context():
+        db.create_all()
+    return app
+
+
+@pytest.fixture
+def api_key(app) -> str:
+    with app.app_context():
+        return create_key("test", "developer")
+
+
+@pytest.fixture
+def client(app, api_key):
+    client = app.test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {api_key}"
+    return client

@@ -1,0 +1,319 @@
+"""/v1 as OpenAI's clients see it, over a scripted Triton."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from control_plane import errors
+from control_plane.auth.services import create_key
+from control_plane.triton_fake import word_by_word
+from triton_backend.protocol import GenerateResponse
+
+pytestmark = pytest.mark.unit
+
+
+def complete(client, **body):
+    return client.post("/v1/completions", json={"model": "starter", "prompt": "a b", "max_tokens": 3, **body})
+
+
+def events(response) -> list:
+    assert response.mimetype == "text/event-stream"
+    parts = response.get_data(as_text=True).split("\n\n")
+    assert parts.pop() == ""
+    payloads = [part.removeprefix("data: ") for part in parts]
+    return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+
+def error_of(response) -> dict:
+    error = response.get_json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def test_answer_has_text_finish_reason_and_usage(client):
+    document = complete(client).get_json()
+    assert document["object"] == "text_completion" and document["id"].startswith("cmpl-")
+    assert document["choices"] == [{"index": 0, "text": "w0 w1 w2 ", "logprobs": None, "finish_reason": "length"}]
+    assert document["usage"]["prompt_tokens"] == 2
+    assert document["usage"]["completion_tokens"] == 3
+    assert document["usage"]["total_tokens"] == 5
+
+
+def test_streamed_deltas_join_to_the_whole_answer(client):
+    *chunks, done = events(complete(client, stream=True))
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "w0 w1 w2 "
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_usage_comes_in_a_last_chunk_when_asked_for(client):
+    *chunks, last, _ = events(complete(client, stream=True, stream_options={"include_usage": True}))
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == 5
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+def test_usage_grows_with_every_chunk_when_asked_for(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, _ = events(complete(client, stream=True, stream_options=options))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+
+
+def test_choices_of_several_prompts_are_numbered_prompt_major(client, triton):
+    document = complete(client, prompt=["a", "b c"], n=2).get_json()
+    assert [choice["index"] for choice in document["choices"]] == [0, 1, 2, 3]
+    assert document["usage"]["prompt_tokens"] == 3
+    assert document["usage"]["completion_tokens"] == 12
+    assert [call.text for call in triton.calls] == ["a", "b c"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [([1, 2, 3], [(1, 2, 3)]), ([[1], [2, 3]], [(1,), (2, 3)])],
+)
+def test_token_ids_are_passed_as_token_ids(client, triton, prompt, expected):
+    assert complete(client, prompt=prompt).status_code == 200
+    assert [call.input_ids for call in triton.calls] == expected
+
+
+def test_only_what_the_client_named_reaches_the_engine(client, triton):
+    complete(client, temperature=0, top_k=5, stop=None, seed=None, user="me", unknown={"x": 1}, logit_bias=None)
+    assert triton.calls[0].sampling == {"max_tokens": 3, "temperature": 0, "top_k": 5}
+
+
+def test_max_completion_tokens_is_another_name_for_max_tokens(client, triton):
+    complete(client, max_tokens=None, max_completion_tokens=2)
+    assert triton.calls[0].sampling == {"max_tokens": 2}
+
+
+def test_echo_puts_the_prompt_before_every_choice(client):
+    assert [c["text"] for c in complete(client, echo=True, n=2).get_json()["choices"]] == ["a bw0 w1 w2 "] * 2
+    *chunks, _ = events(complete(client, echo=True, stream=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "a bw0 w1 w2 "
+
+
+def test_logprobs_have_openais_four_parallel_lists(client):
+    whole = complete(client, logprobs=1).get_json()["choices"][0]["logprobs"]
+    assert whole["tokens"] == ["w0 ", "w1 ", "w2 "]
+    assert whole["token_logprobs"] == [-0.5] * 3
+    assert whole["top_logprobs"][0] == {"w0 ": -0.5, "other": -1.5}
+    assert whole["text_offset"] == [0, 3, 6]
+    *chunks, _ = events(complete(client, logprobs=1, stream=True))
+    assert [offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]] == [0, 3, 6]
+
+
+def test_token_ids_are_returned_when_asked_for(client):
+    assert complete(client, return_token_ids=True).get_json()["choices"][0]["token_ids"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": 3}, "prompt has value 3; expected a string, a list of 1 to 256 strings"),
+        ({"prompt": []}, "prompt has value []; expected a string"),
+        ({"prompt": ["a", 1]}, 'prompt has value ["a", 1]; expected'),
+        ({"prompt": [True]}, "prompt has value [true]; expected"),
+        ({"prompt": [-1]}, "prompt has value [-1]; expected"),
+        ({"model": 5}, "model has value 5; expected a valid string"),
+        ({"stream": "yes"}, 'stream has value "yes"; expected a valid boolean'),
+        ({"logprobs": 6}, "logprobs has value 6; expected less than or equal to 5"),
+        ({"logprobs": "2"}, 'logprobs has value "2"; expected a valid integer'),
+        ({"max_tokens": 0}, "max_tokens has value 0; expected a whole number ≥ 1"),
+        ({"temperature": "hot"}, 'temperature has value "hot"; expected a number from 0 to 100'),
+        ({"temperature": -1}, "temperature has value -1; expected a number from 0 to 100"),
+        ({"top_p": 1.5}, "top_p has value 1.5; expected a number from 0 to 1"),
+        ({"n": 0}, "n has value 0; expected a whole number from 1 to 128"),
+        ({"stop": 5}, "stop has value 5; expected a string or a list"),
+        ({"min_tokens": 9}, "min_tokens has value 9; expected at most max_tokens = 3"),
+        ({"best_of": 3}, "best_of has value 3, but"),
+        ({"suffix": "x"}, 'suffix has value "x", but'),
+        ({"logit_bias": {"5": 1}}, 'logit_bias has value {"5": 1}, but'),
+        ({"add_special_tokens": False}, "add_special_tokens has value false, but"),
+        ({"use_beam_search": True}, "use_beam_search has value true, but"),
+        ({"echo": True, "logprobs": 1}, "echo with logprobs is not supported yet"),
+        ({"echo": True, "prompt": [1]}, "echo with token ids is not supported yet"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage has value 1; expected a valid"),
+        ({"stream_options": 1}, "stream_options has value 1; expected"),
+    ],
+)
+def test_bad_value_is_refused_naming_field_value_and_expectation(client, triton, body, message):
+    response = complete(client, **body)
+    assert response.status_code == 400
+    assert error_of(response)["message"].startswith(message)
+    assert triton.calls == []
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is not valid JSON"),
+        (b"{", "the body is not valid JSON"),
+        (b"[1]", "the body is a JSON list; expected an object"),
+        (b'{"model": "\xff"}', "the body is not valid UTF-8 text"),
+        (b'{"model": "starter", "prompt": "\\ud83d"}', "the body is not valid UTF-8 text"),
+        (b'{"model": "starter"}', "prompt is missing"),
+        (b'{"prompt": "x"}', "model is missing"),
+        (b"[" * 60000, "the body is not valid JSON"),
+    ],
+)
+def test_body_that_is_no_request_is_refused(client, body, message):
+    response = client.post("/v1/completions", data=body)
+    assert response.status_code == 400
+    assert error_of(response)["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n": 2, "best_of": 2},
+        {"best_of": 1},
+        {"logit_bias": {}},
+        {"suffix": ""},
+        {"prompt_logprobs": None},
+        {"add_special_tokens": True},
+        {"stream": None, "echo": None, "logprobs": None, "stream_options": None},
+    ],
+)
+def test_value_that_asks_for_nothing_is_accepted(client, values):
+    assert complete(client, **values).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["nope", "a/b", "..", "x" * 300, "", "starter\x00", "ѕtarter"])
+def test_unknown_model_is_404(client, name):
+    response = complete(client, model=name)
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "not_found"
+
+
+def test_installed_model_that_is_not_loaded_is_503_not_404(client, triton):
+    triton.unload("starter")
+    response = complete(client)
+    assert response.status_code == 503
+    assert error_of(response)["code"] == "model_not_ready"
+    assert response.headers["Retry-After"] == "1"
+
+
+def _failing(error, num_before=0):
+    def script(call):
+        for _, response in zip(range(num_before), word_by_word(call), strict=False):
+            yield response
+        raise error
+
+    return script
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (errors.BadRequest("the prompt is too long"), 400, "invalid_request"),
+        (errors.Overloaded("256 requests wait"), 503, "overloaded"),
+        (errors.ServingError("its process was replaced"), 502, "serving_error"),
+        (errors.TritonUnavailable("Triton does not answer"), 503, "triton_unavailable"),
+        (errors.RequestTimeout("too slow"), 504, "timeout"),
+    ],
+)
+def test_error_before_the_first_token_has_its_own_status(client, triton, stream, error, status, code):
+    triton.models["starter"] = _failing(error)
+    response = complete(client, stream=stream)
+    assert response.status_code == status
+    assert error_of(response)["code"] == code
+    assert ("Retry-After" in response.headers) == (status == 503)
+
+
+def test_error_in_the_middle_of_a_stream_is_its_last_event(client, triton):
+    triton.models["starter"] = _failing(errors.ServingError("lost"), num_before=2)
+    *chunks, last = events(complete(client, stream=True))
+    assert len(chunks) == 2
+    assert last["error"]["message"] == "lost"
+
+
+def test_answer_without_any_token_is_an_empty_stream(client, triton):
+    triton.models["starter"] = lambda call: [GenerateResponse(call.request_id, finished=True)]
+    assert events(complete(client, stream=True)) == ["[DONE]"]
+    assert complete(client).get_json()["choices"][0]["text"] == ""
+
+
+def test_our_own_mistake_is_not_explained_to_the_client(client, triton):
+    triton.models["starter"] = _failing(KeyError("secret path"), num_before=1)
+    last = events(complete(client, stream=True))[-1]
+    assert "secret" not in last["error"]["message"]
+    response = complete(client)
+    assert response.status_code == 500
+    assert "secret" not in response.get_data(as_text=True)
+
+
+def test_closed_response_cancels_the_request(client, triton):
+    response = complete(client, stream=True, max_tokens=50)
+    next(response.iter_encoded())
+    response.close()
+    assert triton.num_cancelled == 1
+
+
+def test_finished_request_is_not_cancelled(client, triton):
+    events(complete(client, stream=True))
+    complete(client)
+    assert triton.num_cancelled == 0
+
+
+def test_completions_leave_web_threads_for_health(app, client):
+    slots = app.extensions["completion_slots"]
+    taken = 0
+    while slots.acquire(blocking=False):
+        taken += 1
+    assert taken == app.config["SETTINGS"].web_threads - 4
+    assert complete(client).status_code == 503
+    assert client.get("/health/live").status_code == 200
+    slots.release()
+    for stream in (False, True) * 2:
+        with complete(client, stream=stream) as response:
+            assert response.status_code == 200
+
+
+def test_models_lists_what_triton_has_ready(client, triton):
+    document = client.get("/v1/models").get_json()
+    assert [model["id"] for model in document["data"]] == ["starter"]
+    assert document["data"][0]["created"] > 0
+    assert client.get("/v1/models/starter").get_json() == document["data"][0]
+    assert client.get("/v1/models/nope").status_code == 404
+    triton.unload("starter")
+    assert client.get("/v1/models").get_json()["data"] == []
+
+
+def test_request_without_a_key_is_401_in_openais_shape(app):
+    for header in ("", "Basic x", "Bearer", "Bearer llmos_a_b"):
+        response = app.test_client().post("/v1/completions", json={}, headers={"Authorization": header})
+        assert response.status_code == 401
+        assert error_of(response)["code"] == "invalid_api_key"
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_role_below_developer_may_list_but_not_generate(app):
+    with app.app_context():
+        headers = {"Authorization": f"Bearer {create_key('eyes', 'viewer')}"}
+    viewer = app.test_client()
+    assert viewer.get("/v1/models", headers=headers).status_code == 200
+    response = viewer.post("/v1/completions", json={"model": "starter", "prompt": "x"}, headers=headers)
+    assert response.status_code == 403
+    assert error_of(response)["code"] == "forbidden"
+
+
+def test_body_over_the_limit_is_413_in_json(client, settings):
+    response = client.post("/v1/completions", data=b"x" * (settings.request_limit_bytes + 1))
+    assert response.status_code == 413
+    assert f"at most {settings.request_limit_bytes} bytes" in error_of(response)["message"]
+
+
+def test_request_id_is_echoed_or_made(client):
+    assert client.get("/health", headers={"X-Request-Id": "abc-1"}).headers["X-Request-Id"] == "abc-1"
+    assert len(client.get("/health").headers["X-Request-Id"]) == 32
+    hostile = client.get("/health", headers={"X-Request-Id": "x" * 500})
+    assert len(hostile.headers["X-Request-Id"]) == 32
+
+
+def test_unknown_path_and_wrong_method_are_json(client):
+    assert error_of(client.get("/v1/nope"))["code"] == "not_found"
+    assert client.get("/v1/completions").status_code == 405

@@ -1,0 +1,129 @@
+"""Health endpoints and the index page, over a scripted Triton."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from control_plane import errors
+from control_plane.registry import serving_state
+from control_plane.web.services import Cached
+
+pytestmark = pytest.mark.unit
+
+
+def test_live_answers_even_without_triton(client, triton):
+    triton.is_running = False
+    assert client.get("/health/live").status_code == 200
+    assert client.get("/health").get_json() == {"status": "live"}
+
+
+def test_ready_needs_every_installed_model_to_answer_a_probe(client):
+    response = client.get("/health/ready")
+    assert response.status_code == 200
+    model = response.get_json()["models"]["starter"]
+    assert (model["version"], model["state"], model["reason"], model["latency_ms"]) == (3, "ready", None, 2.0)
+
+
+def test_ready_says_why_a_model_is_not(client, triton):
+    triton.probe_error = errors.ServingError("Stub process 'starter_0_0' is not healthy.")
+    response = client.get("/health/ready")
+    assert response.status_code == 503
+    model = response.get_json()["models"]["starter"]
+    assert (model["state"], model["reason"]) == ("failed", "Stub process 'starter_0_0' is not healthy.")
+
+
+def test_model_that_is_not_loaded_yet_is_loading(client, triton):
+    triton.unload("starter")
+    model = client.get("/health/ready").get_json()["models"]["starter"]
+    assert model["state"] == "loading"
+
+
+def test_model_that_failed_to_load_gives_the_reconcilers_message(client, triton, settings):
+    triton.unload("starter")
+    state = serving_state.ModelState(3, serving_state.FAILED_TO_LOAD, 0.0, "ModelLoadFailed", "model.onnx.data differs")
+    serving_state.write(settings, serving_state.ServingState({"starter": state}, True, 0.0))
+    model = client.get("/health/ready").get_json()["models"]["starter"]
+    assert (model["state"], model["reason"]) == ("failed", "model.onnx.data differs")
+
+
+def test_not_ready_without_any_installed_model(client, settings):
+    (settings.model_repository / "starter" / "config.pbtxt").unlink()
+    response = client.get("/health/ready")
+    assert response.status_code == 503
+    assert response.get_json()["reason"] == "no model is installed"
+
+
+def test_not_ready_without_triton(client, triton):
+    triton.is_running = False
+    response = client.get("/health/ready")
+    assert response.status_code == 503
+    assert "does not answer" in response.get_json()["models"]["starter"]["reason"]
+
+
+def test_many_readers_cost_one_probe(client, triton):
+    for _ in range(5):
+        client.get("/health/ready")
+    assert triton.num_probes == 1
+
+
+def test_cached_value_is_computed_again_when_it_is_old():
+    values = iter(range(10))
+    cached = Cached(ttl_s=0.0, compute=lambda: next(values))
+    assert (cached.get(), cached.get()) == (0, 1)
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_index_says_what_is_running(client):
+    text = client.get("/").get_data(as_text=True)
+    for expected in ("starter", "version 3", "LlamaForCausalLM", "fp32, 2.5 MB", "passed: 768 tokens", "1.3e-05"):
+        assert expected in text
+    assert "http://localhost/v1/completions" in text
+
+
+def test_index_says_which_process_is_down(client):
+    text = client.get("/").get_data(as_text=True)
+    assert re.search(r"Worker</strong>.*?Redis does not answer.*?failed", text, re.DOTALL)
+
+
+def test_page_uses_nothing_from_outside_and_no_inline_code(client):
+    response = client.get("/")
+    assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    for tag, attributes in _Page(response.get_data(as_text=True)).tags:
+        assert not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith("/"), (tag, attributes)
+                assert client.get(attributes[name]).status_code in (200, 503)
+        assert tag != "style" and (tag != "script" or "src" in attributes)
+
+
+def test_headings_of_the_page_skip_no_level(client):
+    page = _Page(client.get("/").get_data(as_text=True))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_paths_are_shown_only_on_loopback(app, client, settings):
+    assert str(settings.logs_dir) in client.get("/").get_data(as_text=True)
+    object.__setattr__(settings, "host", "0.0.0.0")
+    assert str(settings.logs_dir) not in client.get("/").get_data(as_text=True)
+
+
+def test_reasons_are_escaped(client, triton):
+    triton.probe_error = errors.ServingError("<script>alert(1)</script>")
+    assert "<script>alert" not in client.get("/status").get_data(as_text=True)
