@@ -5,11 +5,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 TIER ?=
 ARGS ?=
-TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # The first interpreter of the right version wins; PYTHON=… overrides.
-PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
-	"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo "$$python" && break; done)
 
 .PHONY: help up test check bench
@@ -25,6 +24,7 @@ test: .venv/.installed-test ## run the tests; TIER=unit|integration|e2e runs one
 
 check: .venv/.installed-check ## lint and type-check
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 bench: .venv/.installed ## measure the running installation
@@ -33,10 +33,6 @@ bench: .venv/.installed ## measure the running installation
 
 # Stamps: pip runs again only when the requirements have changed.
 .venv/.installed: setup.cfg constraints.txt | .venv/bin/python
-	@command -v nvidia-smi >/dev/null || { \
-	  echo "No NVIDIA driver found: installing the CPU build of PyTorch."; \
-	  .venv/bin/pip install --retries 0 --timeout 10 --no-deps -c constraints.txt --index-url $(TORCH_CPU_INDEX) torch \
-	  || echo "The CPU build is not reachable; the default build follows (larger, works as well)."; }
 	.venv/bin/pip install -c constraints.txt -e .
 	@touch $@
 
@@ -45,6 +41,6 @@ bench: .venv/.installed ## measure the running installation
 	@touch $@
 
 .venv/bin/python:
-	@[ -n "$(PYTHON)" ] || { echo "llmos needs Python 3.10, 3.11 or 3.12 on PATH; found none. Try: sudo apt install python3 python3-venv" >&2; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "llmos needs Python 3.11 or 3.12 on PATH; found none. Try: sudo apt install python3.11 python3.11-venv" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments. Try: sudo apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -1,18 +1,18 @@
 """Exceptions of the control plane; each carries the HTTP status and the short code that a client sees.
 
-    ControlPlaneError       500 internal_error
-    ├── SettingsError       500 bad_settings          a variable has a bad value; the program stops
-    ├── PreflightError      500 preflight_failed      this machine cannot run llmos as it is
-    ├── BadRequest          400 invalid_request
-    ├── Unauthorized        401 invalid_api_key
-    ├── Forbidden           403 forbidden             the key's role may not do this
-    ├── NotFound            404 not_found             no such model, version, …
-    ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
-    ├── RequestTimeout      504 timeout
-    ├── Overloaded          503 overloaded            the engine's queue is full; try again
-    └── ServingError        502 serving_error         Triton or the model's process is gone or failed
-        ├── ModelNotReady   503 model_not_ready       installed, but loading or failed to load
-        └── TritonUnavailable 503 triton_unavailable  no Triton answers at all
+ControlPlaneError       500 internal_error
+├── SettingsError       500 bad_settings          a variable has a bad value; the program stops
+├── PreflightError      500 preflight_failed      this machine cannot run llmos as it is
+├── BadRequest          400 invalid_request
+├── Unauthorized        401 invalid_api_key
+├── Forbidden           403 forbidden             the key's role may not do this
+├── NotFound            404 not_found             no such model, version, …
+├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
+├── RequestTimeout      504 timeout
+├── Overloaded          503 overloaded            the engine's queue is full; try again
+└── ServingError        502 serving_error         Triton or the model's process is gone or failed
+    ├── ModelNotReady   503 model_not_ready       installed, but loading or failed to load
+    └── TritonUnavailable 503 triton_unavailable  no Triton answers at all
 """
 
 

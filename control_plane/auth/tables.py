@@ -5,7 +5,7 @@ The secret itself is never stored, only its sha256: it has 256 random bits, so n
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from sqlalchemy import DateTime, String
 from sqlalchemy.orm import Mapped, mapped_column
@@ -15,7 +15,7 @@ from control_plane.extensions import Base
 
 def now() -> datetime:
     """The current time in UTC without a zone: SQLite keeps none, so every column of ours means UTC."""
-    return datetime.now(timezone.utc).replace(tzinfo=None)
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 class ApiKey(Base):

@@ -70,9 +70,7 @@ class Usage:
         }
 
 
-def _logprobs_object(
-    tokens: Sequence[tuple[TokenLogprob, ...]], text_offset: int
-) -> tuple[dict[str, Any] | None, int]:
+def _logprobs_object(tokens: Sequence[tuple[TokenLogprob, ...]], text_offset: int) -> tuple[dict[str, Any] | None, int]:
     """OpenAI's four parallel lists, and the offset after them; the chosen token comes first in each tuple."""
     if not tokens:
         return None, text_offset

@@ -26,7 +26,7 @@ SHARED_MEMORY_NEEDED = 64 * MIB
 MEMORY_NEEDED = 2 * GIB
 DISK_NEEDED_FIRST = 3 * GIB
 DISK_NEEDED_LATER = 512 * MIB
-PYTHONS = ((3, 10), (3, 11), (3, 12))
+PYTHONS = ((3, 11), (3, 12))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def check_stub(settings: Settings) -> None:
 def _python(settings: Settings) -> Iterator[Problem]:
     if sys.version_info[:2] not in PYTHONS:
         found = ".".join(str(part) for part in sys.version_info[:2])
-        yield Problem(f"This is Python {found}; llmos needs 3.10, 3.11 or 3.12.", "Make .venv with one of those.")
+        yield Problem(f"This is Python {found}; llmos needs 3.11 or 3.12.", "Make .venv with one of those.")
     elif settings.triton_bin is None:
         try:
             libpython.provide(settings)

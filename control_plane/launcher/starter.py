@@ -61,4 +61,3 @@ def _is_sealed(folder: Path) -> bool:
     except VersionFolderError:
         return False
     return True
-

@@ -154,7 +154,7 @@ def _put_stub_in_place(triton: TritonInstallation) -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     source = triton.python_backend.parent.parent / "python_backend_stubs" / version / triton.stub.name
     if not source.exists():
-        raise PreflightError(f"{WHEEL} has no stub for Python {version}; use Python 3.10, 3.11 or 3.12.")
+        raise PreflightError(f"{WHEEL} has no stub for Python {version}; use Python 3.11 or 3.12.")
     if not triton.stub.exists() or not filecmp.cmp(source, triton.stub):
         staged = triton.stub.with_name(f"{triton.stub.name}.{os.getpid()}")
         shutil.copy2(source, staged)

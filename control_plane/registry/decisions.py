@@ -43,12 +43,13 @@ class Verb(Enum):
 
 @dataclass(frozen=True)
 class Action:
-    """``model`` is None for a restart because Triton itself does not answer."""
+    """``model`` is None for a restart because Triton itself does not answer; ``is_alone``: no other model is served."""
 
     verb: Verb
     model: str | None
     version: int = 0
     load_limit_s: float = 0.0
+    is_alone: bool = False
 
 
 class Verdict(Enum):
@@ -124,7 +125,8 @@ def decide(
         return [Action(Verb.RESTART_TRITON, None)] if is_hung else []
     actions = []
     for name, wanted in desired.items():
-        action = _decide_model(name, wanted, index.get((name, wanted.version)), records[name], now, probe_interval_s)
+        triton_state, is_alone = index.get((name, wanted.version)), len(records) == 1
+        action = _decide_model(name, wanted, triton_state, records[name], now, probe_interval_s, is_alone)
         if action is not None:
             actions.append(action)
     gone = [name for name, record in records.items() if name not in desired and record.busy is None]
@@ -132,7 +134,13 @@ def decide(
 
 
 def _decide_model(
-    name: str, wanted: Desired, triton_state: str | None, record: Record, now: float, probe_interval_s: float
+    name: str,
+    wanted: Desired,
+    triton_state: str | None,
+    record: Record,
+    now: float,
+    probe_interval_s: float,
+    is_alone: bool,
 ) -> Action | None:
     is_loading = record.busy in (Verb.LOAD, Verb.RELOAD) or (record.busy is None and triton_state == "LOADING")
     if is_loading:
@@ -147,7 +155,7 @@ def _decide_model(
     if now < record.retry_at:
         return None
     verb = Verb.RELOAD if triton_state == "READY" else Verb.LOAD
-    return Action(verb, name, wanted.version, wanted.load_limit_s)
+    return Action(verb, name, wanted.version, wanted.load_limit_s, is_alone)
 
 
 def begin(records: Records, action: Action, now: float) -> dict[str, Record]:

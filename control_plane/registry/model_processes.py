@@ -76,6 +76,14 @@ def kill_stubs(settings: Settings, name: str, version: int) -> None:
             process.kill()
 
 
+def kill_server(settings: Settings) -> None:
+    """End Triton at once; asked politely, it would first wait for streams that can never end."""
+    process = server_process(settings)
+    if process is not None:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def end_server(settings: Settings) -> None:
     """End Triton, so that its supervisor starts it anew: SIGTERM, then after a grace SIGKILL."""
     process = server_process(settings)

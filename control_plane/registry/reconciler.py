@@ -118,6 +118,10 @@ class Reconciler:
             if action.verb is Verb.RELOAD:
                 # Triton would not end a hung process, and calls a dead one ready: a plain load would do nothing.
                 model_processes.kill_stubs(self._settings, action.model, action.version)
+                if action.is_alone:
+                    # Triton never ends the streams of a dead process. Its own end does, and here disturbs nobody else.
+                    model_processes.kill_server(self._settings)
+                    return Outcome(action, Verdict.UNKNOWN, message="its process was lost; Triton is restarted")
             if action.verb in (Verb.RELOAD, Verb.UNLOAD):
                 self._triton.unload(action.model)
             if action.verb is not Verb.UNLOAD:

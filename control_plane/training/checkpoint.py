@@ -1,7 +1,7 @@
 """Writes a trained model as a Hugging Face folder that appears whole or not at all.
 
-    out.parent/.starter.4711.partial/   while the recipe runs; removed when it fails or is stopped
-    out.parent/starter/                 the same folder, renamed when every file is in it
+out.parent/.starter.4711.partial/   while the recipe runs; removed when it fails or is stopped
+out.parent/starter/                 the same folder, renamed when every file is in it
 """
 
 from __future__ import annotations

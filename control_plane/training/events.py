@@ -1,11 +1,11 @@
 """Progress of a recipe as JSON lines on stdout, one object per line, flushed; libraries that print go to stderr.
 
-    {"event": "started", "recipe": "pretrain", …settings…}
-    {"event": "step", "step": "train", "done": 2, "total": 5}               ``train`` begins, 2 of 5 steps are done
-    {"event": "progress", "step": "train", "done": 120, "total": 900, …}    inside a long step, at most one a second
-    {"event": "metrics", "step": "evaluate", "perplexity": …, "loss": …}
-    {"event": "warning", "code": "TIME_LIMIT", "message": …}
-    {"event": "finished", "folder": …, …}  or  {"event": "error", "code": …, "message": …}
+{"event": "started", "recipe": "pretrain", …settings…}
+{"event": "step", "step": "train", "done": 2, "total": 5}               ``train`` begins, 2 of 5 steps are done
+{"event": "progress", "step": "train", "done": 120, "total": 900, …}    inside a long step, at most one a second
+{"event": "metrics", "step": "evaluate", "perplexity": …, "loss": …}
+{"event": "warning", "code": "TIME_LIMIT", "message": …}
+{"event": "finished", "folder": …, …}  or  {"event": "error", "code": …, "message": …}
 """
 
 from __future__ import annotations

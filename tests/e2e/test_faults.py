@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 
+import httpx
 import psutil
 import pytest
 
@@ -47,6 +50,23 @@ def test_killed_model_process_is_replaced_within_15_s(stack: Stack, triton: Trit
     wait_for(lambda: is_gone(pid), 5, "end of the process")
     assert wait_for(lambda: answers(triton, stack.model), HEAL_S, "an answer") < HEAL_S
     assert stack.stub_pid() != pid
+    stack.wait_loaded()
+
+
+def test_streams_of_a_killed_model_process_end_with_an_error_on_triton_itself(stack: Stack) -> None:
+    stack.wait_loaded()
+    parameters = json.dumps({"max_tokens": 400, "ignore_eos": True, "n": 24})
+    body = {"text_input": "The", "stream": True, "sampling_parameters": parameters}
+    url = f"{stack.http_url}/v2/models/{stack.model}/generate_stream"
+    pid = stack.stub_pid()
+    assert pid is not None
+    with pytest.raises(httpx.TransportError), httpx.stream("POST", url, json=body, timeout=HEAL_S) as response:
+        for number, _ in enumerate(response.iter_lines()):
+            if number == 0:
+                os.kill(pid, signal.SIGKILL)
+                killed_at = time.monotonic()
+    assert time.monotonic() - killed_at < HEAL_S
+    wait_for(lambda: stack.stub_pid() not in (None, pid), HEAL_S, "a new process")
     stack.wait_loaded()
 
 

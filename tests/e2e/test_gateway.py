@@ -157,11 +157,12 @@ def engine_metric(stack: Stack, name: str) -> float:
 
 def test_client_that_leaves_frees_its_row(client: openai.OpenAI, stack: Stack) -> None:
     before = engine_metric(stack, "vllm:generation_tokens_total")
-    chunks = client.completions.create(model=stack.model, prompt=PROMPT, stream=True, **LONG)
+    # Many sequences make the answer slow enough to be left in the middle.
+    chunks = client.completions.create(model=stack.model, prompt=PROMPT, stream=True, n=24, **LONG)
     next(iter(chunks))
     chunks.close()
     wait_for(lambda: engine_metric(stack, "vllm:num_requests_running") == 0, 2, "the end of the abandoned request")
-    assert engine_metric(stack, "vllm:generation_tokens_total") - before < LONG["max_tokens"] / 2
+    assert engine_metric(stack, "vllm:generation_tokens_total") - before < 24 * LONG["max_tokens"] / 2
 
 
 def test_health_says_ready_with_the_probes_latency(stack: Stack) -> None:
@@ -179,26 +180,25 @@ def test_index_page_names_the_model_and_its_certificate(stack: Stack) -> None:
 
 
 def test_killed_model_process_gives_hung_streams_an_error(client: openai.OpenAI, stack: Stack) -> None:
+    pid = stack.stub_pid()
+    assert pid is not None
     errors: list[Exception | None] = []
+    started = threading.Event()
 
     def read() -> None:
         try:
-            for _ in client.completions.create(model=stack.model, prompt=PROMPT, stream=True, **LONG):
+            # Many sequences make the answer slow enough to be killed in the middle.
+            for _ in client.completions.create(model=stack.model, prompt=PROMPT, stream=True, n=24, **LONG):
                 if not started.is_set():
+                    os.kill(pid, signal.SIGKILL)
                     started.set()
-                    # Stopped first, so that the answer cannot end before the process does.
-                    os.kill(pid, signal.SIGSTOP)
             errors.append(None)
         except openai.APIError as error:
             errors.append(error)
 
-    pid = stack.stub_pid()
-    assert pid is not None
-    started = threading.Event()
     reader = threading.Thread(target=read)
     reader.start()
     assert started.wait(20)
-    os.kill(pid, signal.SIGKILL)
     killed_at = time.monotonic()
     reader.join(30)
     assert not reader.is_alive()

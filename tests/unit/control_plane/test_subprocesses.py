@@ -62,8 +62,7 @@ def test_killed_child_is_named_by_its_signal() -> None:
 
 def test_much_output_on_both_streams_does_not_block() -> None:
     _, events = run(
-        "import sys\nfor i in range(20000):\n"
-        "  print('x' * 100, file=sys.stderr); print('{\"event\": \"progress\"}')"
+        "import sys\nfor i in range(20000):\n  print('x' * 100, file=sys.stderr); print('{\"event\": \"progress\"}')"
     )
     assert len(events) == 20000
 
@@ -78,7 +77,7 @@ def test_interrupt_ends_the_child_and_everything_it_started(tmp_path: Path) -> N
         "child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\n"
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
-        "print('{\"event\": \"started\"}', flush=True)\n"
+        'print(\'{"event": "started"}\', flush=True)\n'
         "time.sleep(60)"
     )
 

@@ -98,7 +98,7 @@ def test_every_problem_is_told_at_once(environment: dict[str, str], monkeypatch:
 def test_other_python_is_named(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
     (problem,) = problems(environment)
-    assert problem.startswith("This is Python 3.14; llmos needs 3.10, 3.11 or 3.12.")
+    assert problem.startswith("This is Python 3.14; llmos needs 3.11 or 3.12.")
 
 
 def test_folder_that_cannot_be_made_is_named(environment: dict[str, str], tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_new_version_is_loaded_while_the_old_one_serves() -> None:
     world = World()
     world.load()
     world.desired = {"chat": Desired(2, 9, 120)}
-    assert world.look() == [Action(Verb.LOAD, "chat", 2, 120)]
+    assert world.look() == [Action(Verb.LOAD, "chat", 2, 120, is_alone=True)]
 
 
 def test_removed_model_is_unloaded_and_forgotten() -> None:

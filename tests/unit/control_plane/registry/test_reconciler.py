@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from control_plane.errors import ControlPlaneError, RequestTimeout, ServingError
-from control_plane.registry import serving_state
+from control_plane.registry import model_processes, serving_state
 from control_plane.registry.model_directory import install
 from control_plane.registry.reconciler import Reconciler
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState
@@ -69,7 +69,7 @@ def tick_until(settings: Settings, triton: RecordingTriton) -> Callable[[Callabl
     reconciler = Reconciler(settings, triton)
 
     def run(is_reached: Callable[[ModelState], bool]) -> ModelState:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while True:
             reconciler.tick()
             state = serving_state.read(settings).models.get("chat")
@@ -87,19 +87,30 @@ def test_installed_model_is_loaded_and_said_to_be(tick_until, triton: RecordingT
 
 
 @pytest.mark.parametrize("error", [ServingError("Stub process 'chat_0_0' is not healthy."), RequestTimeout("too late")])
-def test_model_that_answers_no_probe_is_unloaded_and_loaded(
-    tick_until, triton: RecordingTriton, error: ControlPlaneError
+def test_model_that_answers_no_probe_is_reloaded_beside_others_and_else_with_all_of_triton(
+    tick_until, triton: RecordingTriton, settings: Settings, monkeypatch: pytest.MonkeyPatch, error: ControlPlaneError
 ) -> None:
+    def kill_server(_: Settings) -> None:
+        triton.orders.append("kill server")
+        triton.models.clear()
+        triton.probe_error = None
+
+    monkeypatch.setattr(model_processes, "kill_server", kill_server)
     tick_until(lambda state: state.state == LOADED)
     triton.probe_error = error
     state = tick_until(lambda state: state.state == LOADED and state.num_failures == 1)
-    assert triton.orders == ["load chat", "unload chat", "load chat"]
+    assert triton.orders == ["load chat", "kill server", "load chat"]
     assert state.message is None
 
+    install(settings.home.parent / "version", settings.model_repository, "other", 1)
+    tick_until(lambda _: "load other" in triton.orders)
+    triton.orders.clear()
+    triton.probe_error = error
+    tick_until(lambda _: {"unload chat", "load chat"} <= set(triton.orders))
+    assert "kill server" not in triton.orders
 
-def test_refused_load_is_told_without_its_traceback_and_tried_again_later(
-    tick_until, triton: RecordingTriton
-) -> None:
+
+def test_refused_load_is_told_without_its_traceback_and_tried_again_later(tick_until, triton: RecordingTriton) -> None:
     triton.load_error = ServingError("INTERNAL: model.onnx.data differs\n\nAt:\n  /srv/model.py(31): initialize\n")
     state = tick_until(lambda state: state.state == FAILED_TO_LOAD)
     assert (state.reason, state.message) == ("ModelLoadFailed", "INTERNAL: model.onnx.data differs")
