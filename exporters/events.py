@@ -1,9 +1,10 @@
 """Progress of an export as plain mappings, one per event, ready to be a line of JSON.
 
 {"event": "started", "checkpoint": …, "out": …}
-{"event": "step", "step": "trace", "done": 2, "total": 6}          ``trace`` begins, 2 of 6 steps are done
+{"event": "step", "step": "trace", "done": 2, "total": 7}          ``trace`` begins, 2 of 7 steps are done
 {"event": "progress", "step": "certify", "done": 3, "total": 16}   inside a long step
-{"event": "finished", "folder": …, "digest": …, "size_bytes": …, "certificate": {…}}
+{"event": "finished", "folder": …, "digest": …, "size_bytes": …, "graph": {…}, "certificate": {…}}
+     ``graph``: {"traced": {"num_nodes": …, "num_nodes_per_layer": …}, "fused": {…}}
 {"event": "error", "code": "UNSAFE_CHECKPOINT", "message": …}
 """
 

@@ -10,17 +10,36 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch.onnx import ONNXProgram
 
+from exporters.fusions.rewriting import module_of
+
 PRODUCER = "llmos"
 WRAPPER_SCOPE = "model."
 """The traced module holds the checkpoint's model under this name."""
 NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
 """What the tracer calls the scope of a shape that it reads from an input."""
+LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+"""The number of the decoder layer in a module's path."""
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """Nodes of a graph, and of its largest decoder layer: a small model's speed is a matter of how many there are."""
+
+    num_nodes: int
+    num_nodes_per_layer: int
+
+
+def graph_size(model: ir.Model) -> GraphSize:
+    """Before ``save_graph``, which forgets the modules that emitted the nodes."""
+    layers = Counter(match[1] for node in model.graph if (match := LAYER.search(module_of(node))))
+    return GraphSize(len(model.graph), max(layers.values(), default=0))
 
 
 def save_graph(program: ONNXProgram, path: Path) -> None:
@@ -38,9 +57,7 @@ def save_graph(program: ONNXProgram, path: Path) -> None:
 def _name_nodes(graph: ir.Graph) -> None:
     numbers: Counter[str] = Counter()
     for node in graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        # The last scope is the traced operation, the one before it the module.
-        module = "".join(ast.literal_eval(scopes)[-2:-1]) if scopes else ""
+        module = module_of(node)
         name = _node_name("" if module == NO_SCOPE else _without_wrapper(f"{module}."), node.op_type)
         node.name = f"{name}_{numbers[name]}" if numbers[name] else name
         numbers[name] += 1

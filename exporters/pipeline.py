@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.config import ExportConfig, ExportedVersion
 from exporters.decoder import MAX_TOP_LOGITS, DecoderShape, measure, trace
 from exporters.events import EmitEvent, Progress
-from exporters.graph import save_graph
+from exporters.fusions import fuse
+from exporters.graph import graph_size, save_graph
 from exporters.original import load_config, load_model, load_tokenizer
 from exporters.version import (
     check_output,
@@ -23,7 +25,7 @@ from exporters.version import (
 )
 from triton_backend.version_folder import digest, seal
 
-STEPS = ("check", "load", "trace", "save", "certify", "seal")
+STEPS = ("check", "load", "trace", "fuse", "save", "certify", "seal")
 GRAPH = "model.onnx"
 
 
@@ -40,10 +42,11 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
 
     certificate: dict[str, Any] = {}
     with staged(out, config.overwrite) as folder:
-        shape = _write_model(config, checkpoint, folder, progress)
+        shape, sizes = _write_model(config, checkpoint, folder, progress)
         progress.step("certify")
         if with_certificate:
             certificate = certify(folder, checkpoint, shape.sliding_window, progress)
+            certificate["graph"] = sizes
             write_json(folder / "certificate.json", certificate)
         progress.step("seal")
         seal(folder, source_of(checkpoint), environment())
@@ -62,14 +65,20 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
             "digest": version.digest,
             "size_bytes": version.size_bytes,
             "passed": version.passed,
+            "graph": sizes,
             "certificate": certificate.get("summary", {}),
         }
     )
     return version
 
 
-def _write_model(config: ExportConfig, checkpoint: Checkpoint, folder: Path, progress: Progress) -> DecoderShape:
-    """Everything of the version but its certificate and seal. The model is released on return."""
+def _write_model(
+    config: ExportConfig, checkpoint: Checkpoint, folder: Path, progress: Progress
+) -> tuple[DecoderShape, dict[str, Any]]:
+    """Everything of the version but its certificate and seal. The model is released on return.
+
+    Returns the decoder's shape and the sizes of the graph as it was traced and as it was written.
+    """
     progress.step("load")
     model = load_model(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -80,8 +89,13 @@ def _write_model(config: ExportConfig, checkpoint: Checkpoint, folder: Path, pro
     settings = version_config(config, checkpoint, model.config, shape, num_top_logits)
     program = trace(model, shape.layers, num_top_logits)
 
+    progress.step("fuse")
+    traced = graph_size(program.model)
+    fuse(program.model, settings.engine.max_model_len)
+    sizes = {"traced": asdict(traced), "fused": asdict(graph_size(program.model))}
+
     progress.step("save")
     save_graph(program, folder / GRAPH)
     settings.write(folder)
     write_tokenizer(folder, tokenizer, checkpoint, shape.vocab_size)
-    return shape
+    return shape, sizes

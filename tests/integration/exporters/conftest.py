@@ -41,6 +41,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA_SIZES),
     "llama_tied_biased": ("llama", {**LLAMA_SIZES, "tie_word_embeddings": True, "attention_bias": True}),
     "mistral_window": ("mistral", {**ONE_LAYER, "sliding_window": 8}),
+    "qwen2": ("qwen2", ONE_LAYER),
+    "cohere": ("cohere", ONE_LAYER),
+    "gemma3": ("gemma3_text", {**LLAMA_SIZES, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
     "qwen3": ("qwen3", {**ONE_LAYER, "head_dim": 16}),
     "gemma2": (
         "gemma2",

@@ -8,9 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
+from transformers import GenerationConfig
+
+from exporters.decoder import measure, trace
+from exporters.fusions import fuse
+from exporters.graph import GraphSize, graph_size, save_graph
+
+MAX_POSITIONS = 64
+
+
+def export_graph(model: Any, folder: Path, *, fused: bool = True) -> Path:
+    """The decoder graph of ``model`` as an export writes it, for rows of up to MAX_POSITIONS tokens."""
+    return export_with_size(model, folder, fused=fused)[0]
+
+
+def export_with_size(model: Any, folder: Path, *, fused: bool = True) -> tuple[Path, GraphSize]:
+    program = trace(model, measure(model).layers, 64)
+    if fused:
+        fuse(program.model, MAX_POSITIONS)
+    size = graph_size(program.model)
+    folder.mkdir(exist_ok=True)
+    save_graph(program, folder / "model.onnx")
+    return folder / "model.onnx", size
+
+
+def generate(model: Any, prompt: Sequence[int], num_new: int) -> list[int]:
+    """Greedy tokens of the original."""
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=num_new, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
 
 
 class GraphLoop:

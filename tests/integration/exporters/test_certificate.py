@@ -52,7 +52,7 @@ def test_program_exports_proves_and_seals_a_version(llama_checkpoint: Path, tmp_
     assert exit_code == 0, stderr
 
     steps = [event["step"] for event in events if event["event"] == "step"]
-    assert steps == ["check", "load", "trace", "save", "certify", "seal"]
+    assert steps == ["check", "load", "trace", "fuse", "save", "certify", "seal"]
     assert (events[0]["event"], events[-1]["event"]) == ("started", "finished")
     progress = [event for event in events if event["event"] == "progress"]
     assert [event["done"] for event in progress] == list(range(1, progress[-1]["total"] + 1))
@@ -67,6 +67,8 @@ def test_program_exports_proves_and_seals_a_version(llama_checkpoint: Path, tmp_
     assert certificate["summary"]["max_logit_difference"] < 1e-3
     assert len(certificate["tokens"]) >= 16
     assert min(result["num_prompt_tokens"] for result in certificate["tokens"]) == 1
+    assert certificate["graph"] == events[-1]["graph"]
+    assert certificate["graph"]["fused"]["num_nodes_per_layer"] < certificate["graph"]["traced"]["num_nodes_per_layer"]
     assert certificate["tokenizer"]["equal"] is True
     assert certificate["original_attention"] in ("sdpa", "eager")
     assert certificate["speed"]["decode_tokens_per_s"] > 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -96,7 +98,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds and is tested elsewhere: tracing and saving the graph."""
-    monkeypatch.setattr(exporters.pipeline, "trace", lambda *args: None)
+    empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 20}), ir_version=10)
+    monkeypatch.setattr(exporters.pipeline, "trace", lambda *args: SimpleNamespace(model=empty))
     monkeypatch.setattr(exporters.pipeline, "save_graph", lambda program, path: path.write_bytes(b"graph"))
 
 
@@ -117,9 +120,9 @@ def test_a_failure_leaves_nothing_behind(
 def test_events_of_an_export_are_its_steps_in_order(llama_checkpoint: Path, traced: None, tmp_path: Path) -> None:
     events: list[Any] = []
     version = export(ExportConfig(str(llama_checkpoint), tmp_path / "out"), events.append, certify=False)
-    assert [event["event"] for event in events] == ["started", *["step"] * 6, "finished"]
-    assert [event["step"] for event in events[1:-1]] == ["check", "load", "trace", "save", "certify", "seal"]
-    assert [event["done"] for event in events[1:-1]] == list(range(6))
+    assert [event["event"] for event in events] == ["started", *["step"] * 7, "finished"]
+    assert [event["step"] for event in events[1:-1]] == ["check", "load", "trace", "fuse", "save", "certify", "seal"]
+    assert [event["done"] for event in events[1:-1]] == list(range(7))
     assert events[-1]["digest"] == version.digest
     assert version.passed is None
 
