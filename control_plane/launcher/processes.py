@@ -20,6 +20,7 @@ from control_plane.settings import Settings
 
 MARKER = "SUPERVISED_LLMOS_HOME"
 SHARED_MEMORY = Path("/dev/shm")
+MAX_LOOKS = 10
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
@@ -69,7 +70,13 @@ def remove_shared_memory(settings: Settings) -> None:
 
 def end_leftovers(settings: Settings, grace_s: float = 10.0) -> int:
     """End every process of this installation, delete its shared memory, and return how many processes there were."""
-    leftovers = our_processes(settings) + orphan_stubs(settings)
-    end(leftovers, grace_s)
+    num_ended = 0
+    # One look can miss a process that is just being started, by a fork or before its exec; it shows at the next look.
+    for _ in range(MAX_LOOKS):
+        leftovers = our_processes(settings) + orphan_stubs(settings)
+        if not leftovers:
+            break
+        end(leftovers, grace_s)
+        num_ended += len(leftovers)
     remove_shared_memory(settings)
-    return len(leftovers)
+    return num_ended
