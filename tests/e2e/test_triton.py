@@ -254,8 +254,8 @@ def wait_until_idle(stack, limit_s: float) -> None:
     wait_until(lambda: running(stack) == 0, limit_s)
 
 
-# Many sequences make a step slow enough for a test to act in the middle of it.
-LONG = {"max_tokens": 400, "ignore_eos": True, "n": 16}
+# Many sequences that each take the sampler's slow path: it runs for seconds, so a test can act in the middle of it.
+LONG = {"max_tokens": 400, "ignore_eos": True, "n": 32, "temperature": 1, "repetition_penalty": 1.1, "logprobs": 20}
 
 
 def test_a_client_gone_mid_stream_frees_its_row_over_http(stack, http):
@@ -265,8 +265,8 @@ def test_a_client_gone_mid_stream_frees_its_row_over_http(stack, http):
         lines = response.iter_lines()  # kept: httpx closes the response with its iterator
         next(lines)
         # The gauge follows the step that sent the first line.
-        wait_until(lambda: running(stack) == 1, limit_s=0.5)
-    wait_until_idle(stack, limit_s=0.5)
+        wait_until(lambda: running(stack) == 1, limit_s=1)
+    wait_until_idle(stack, limit_s=1)
 
 
 def test_a_cancelled_grpc_stream_frees_its_rows(stack):
@@ -275,7 +275,7 @@ def test_a_cancelled_grpc_stream_frees_its_rows(stack):
         opened.send(stream=True, **LONG)
     opened.responses.get(timeout=10)
     opened.close(cancel_requests=True)
-    wait_until_idle(stack, limit_s=0.5)
+    wait_until_idle(stack, limit_s=1)
 
 
 def test_a_deadline_is_kept(http):
