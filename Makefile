@@ -27,9 +27,8 @@ check: .venv/.installed-check ## lint and type-check
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/.installed ## measure the running installation
-	@if [ -e benchmarks/serving.py ]; then exec .venv/bin/python benchmarks/serving.py $(ARGS); \
-	else echo "There is nothing to measure with yet: benchmarks/serving.py does not exist."; fi
+bench: .venv/.installed ## measure exported versions beside their peers; ARGS go to benchmarks/export.py
+	@exec .venv/bin/python benchmarks/export.py $(ARGS)
 
 # Stamps: pip runs again only when the requirements have changed.
 .venv/.installed: setup.cfg constraints.txt | .venv/bin/python

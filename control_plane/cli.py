@@ -81,24 +81,73 @@ def logs(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="A Hugging Face checkpoint folder, or the id of a Hub model.")],
     out: Annotated[Path, typer.Argument(help="The version folder to write.")],
-    precision: Annotated[str, typer.Option(help="Type of weights and cache.")] = "fp32",
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt + output in tokens.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where it will run: cpu or cuda.")] = "cpu",
+    name: Annotated[str | None, typer.Option(help="What the model is called.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences that can run at once.")] = None,
+    max_source_len: Annotated[int | None, typer.Option(help="Encoder–decoder: longest source in tokens.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="int4: weights that share a scale.")] = None,
+    accuracy_level: Annotated[int | None, typer.Option(help="int4: 0 computes in fp32, 4 in int8.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="int8: text that shows outlying activations.")] = None,
+    lora_slots: Annotated[int | None, typer.Option(help="Adapters that can be loaded at once.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Largest rank of an adapter.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="Modules that adapters may change: a,b,….")] = None,
+    threshold: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the certificate; may repeat.")] = None,
+    eval_text: Annotated[Path | None, typer.Option(help="Text to compare both models on.")] = None,
+    certify: Annotated[bool, typer.Option(help="Prove it; without, the version has no certificate.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a version folder.")] = False,
 ) -> None:
-    """Export a checkpoint to ONNX and prove it equal to the original."""
-    from control_plane.launcher.console import Screen
-    from control_plane.subprocesses import run_child
+    """Export a checkpoint to ONNX and prove it equal to the original; exit code 3 if the proof fails."""
+    from control_plane.launcher import proof_report
 
-    screen = Screen()
-    command = [sys.executable, "-m", "exporters", checkpoint, str(out), "--precision", precision]
-    command += [] if max_model_len is None else ["--max-model-len", str(max_model_len)]
-    command += ["--overwrite"] if overwrite else []
-    with screen.child(f"export {checkpoint}") as on_event:
-        finished = run_child(command, on_event)
-    if finished is not None:
-        screen.console.print(_certificate_table(finished.fields))
+    given = {
+        "--precision": precision,
+        "--device": device,
+        "--name": name,
+        "--max-model-len": max_model_len,
+        "--max-num-seqs": max_num_seqs,
+        "--max-source-len": max_source_len,
+        "--block-size": block_size,
+        "--accuracy-level": accuracy_level,
+        "--calibration": calibration,
+        "--lora-slots": lora_slots,
+        "--lora-rank": lora_rank,
+        "--lora-targets": lora_targets,
+        "--eval-text": eval_text,
+    }
+    flags = {"--no-certify": not certify, "--dry-run": dry_run, "--overwrite": overwrite}
+    # Values are joined to their options: one that begins with a dash is not taken for another option.
+    command = ["exporters", *(f"{option}={value}" for option, value in given.items() if value is not None)]
+    command += [f"--threshold={text}" for text in threshold or ()]
+    command += [flag for flag, is_set in flags.items() if is_set]
+    finished = _run_exporter([*command, "--", checkpoint, str(out)], f"{'plan' if dry_run else 'export'} {checkpoint}")
+    if dry_run:
+        _show(proof_report.plan_table(finished["plan"]))
+        return
+    _show(proof_report.export_table(finished), "", f"Run the proof again anywhere: llmos verify {out}")
+    raise typer.Exit(3 if finished["passed"] is False else 0)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A version folder.")],
+    checkpoint: Annotated[str | None, typer.Option(help="The original, if it is not where it was.")] = None,
+    threshold: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the certificate; may repeat.")] = None,
+    eval_text: Annotated[Path | None, typer.Option(help="The text that was given to the export, if any.")] = None,
+) -> None:
+    """Run a version's proof again: exit code 0 if it is equal, 1 if that cannot be found out, 3 if it is not."""
+    from control_plane.launcher import proof_report
+
+    command = ["exporters.verify", *(f"--threshold={text}" for text in threshold or ())]
+    command += [] if checkpoint is None else [f"--checkpoint={checkpoint}"]
+    command += [] if eval_text is None else [f"--eval-text={eval_text}"]
+    finished = _run_exporter([*command, "--", str(folder)], f"verify {folder}")
+    _show(proof_report.verification_table(finished))
+    raise typer.Exit(0 if finished["passed"] else 3)
 
 
 @app.command()
@@ -143,14 +192,24 @@ def create_key(
     typer.echo(database.create_key(settings, name, role))
 
 
-def _certificate_table(finished: dict[str, Any] | Any) -> Any:
-    from rich.table import Table
+def _run_exporter(arguments: list[str], title: str) -> dict[str, Any]:
+    """Run ``python -m ARGUMENTS`` and return its last event; a proof that failed (exit code 3) has one as well."""
+    from control_plane.launcher.console import Screen
+    from control_plane.subprocesses import ChildFailed, run_child
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in {**finished, **(finished.get("certificate") or {})}.items():
-        if name not in ("event", "certificate") and not isinstance(value, (dict, list)):
-            table.add_row(name, str(value))
-    return table
+    with Screen().child(title) as on_event:
+        finished = run_child([sys.executable, "-m", *arguments], on_event, good_statuses=(0, 3))
+    if finished is None:
+        raise ChildFailed(f"{title} ended without saying what it found")
+    return dict(finished.fields)
+
+
+def _show(*parts: Any) -> None:
+    from control_plane.launcher.console import Screen
+
+    screen = Screen()
+    for part in parts:
+        screen.console.print(part, markup=False)
 
 
 def main() -> None:

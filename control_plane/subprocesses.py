@@ -65,10 +65,12 @@ def run_child(
     on_event: Callable[[ChildEvent], None],
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    good_statuses: Sequence[int] = (0,),
 ) -> ChildEvent | None:
     """Run ``command`` to its end, handing every event to ``on_event``, and return its ``finished`` event, if any.
 
-    Raises ChildFailed. Whatever ``on_event`` raises, KeyboardInterrupt included, stops the child and is passed on.
+    Raises ChildFailed unless it ends with one of ``good_statuses``. Whatever ``on_event`` raises, KeyboardInterrupt
+    included, stops the child and is passed on.
     """
     child = subprocess.Popen(
         command,
@@ -103,7 +105,7 @@ def run_child(
     finally:
         child.stdout.close()
     reader.join(timeout=1.0)
-    if status != 0:
+    if status not in good_statuses:
         raise ChildFailed(_explain(command, status, failed, last_lines))
     return finished
 

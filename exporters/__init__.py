@@ -9,11 +9,15 @@ package is light; PyTorch is loaded when an export runs.
 
 from __future__ import annotations
 
+import errno
+
 from exporters.config import ExportConfig, ExportedVersion
-from exporters.errors import ExportError
+from exporters.errors import ExportError, OutOfSpace
 from exporters.events import EmitEvent
 
 __all__ = ["ExportConfig", "ExportError", "ExportedVersion", "export"]
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def export(config: ExportConfig, emit: EmitEvent = lambda event: None, *, certify: bool = True) -> ExportedVersion:
@@ -24,4 +28,19 @@ def export(config: ExportConfig, emit: EmitEvent = lambda event: None, *, certif
     """
     from exporters.pipeline import run
 
-    return run(config, emit, with_certificate=certify)
+    try:
+        return run(config, emit, with_certificate=certify)
+    except OSError as error:
+        if not _is_out_of_space(error):
+            raise
+        raise OutOfSpace(
+            f"cannot write {config.out}: the disk is full or its files may not grow so large ({error}); nothing was "
+            "kept: free some space (--dry-run says how much is needed) or choose another output folder"
+        ) from error
+
+
+def _is_out_of_space(error: OSError) -> bool:
+    """numpy, which writes the weights, gives no number: "problem writing element …" or "… requested and … written"."""
+    if error.errno is None:
+        return "writing" in str(error) or "written" in str(error)
+    return error.errno in OUT_OF_SPACE

@@ -1,16 +1,16 @@
-"""The proof that an exported version is the original: the document in certificate.json.
+"""The proof that an exported version is the original, or how far it is from it: the document in certificate.json.
 
-Greedy tokens of the version, run through the real engine with all prompts at once, are compared with
-``generate`` on the original in PyTorch, and logits of single positions with each other. Two tokens whose logits differ
-by less than the arithmetic's error are a tie: recorded, not counted as a failure, and the rest of that prompt is not
-compared. The version is run first and the original afterwards, so that only one of them is in memory.
+Greedy tokens of the version, run through the real engine with all prompts at once, are compared with the original's
+choices in PyTorch; so are logits of single positions, and what both say about every position of a text. What must hold
+depends on the precision and can be set (``exporters.thresholds``). Two tokens whose logits differ by less than the
+arithmetic's error are a tie: recorded, not counted as a failure, and the rest of that prompt is not compared. The
+version is run first and the original afterwards, so that only one of them is in memory.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,201 +18,342 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from exporters import held_out
 from exporters.checkpoint import Checkpoint
-from exporters.engine_process import EngineProcess
+from exporters.comparison import PromptResult, TextComparison, TextLogits, finite, judge, top_of
+from exporters.engine_process import EngineRun, run_prompts
+from exporters.errors import EngineFailed
 from exporters.events import Progress
-from exporters.logits import Position, exported_logits, original_logits
+from exporters.logits import ExportedGraph, original_logits
 from exporters.original import load_model, load_tokenizer
+from exporters.passages import Passage, passage_of, text_passages
 from exporters.prompts import TEXTS, Prompt, make_prompts
+from exporters.suppression import suppressed_tokens
+from exporters.thresholds import Thresholds, check, thresholds_for
+from exporters.usage import return_freed_memory
 from exporters.version import environment
 from triton_backend.config import VersionConfig
 
-FORMAT = 1
-TIE_LOGIT_GAP = 1e-3
-"""Two logits closer than this are a tie: fp32 sums in another order differ by up to about a tenth of it."""
-MAX_RELATIVE_LOGIT_DIFFERENCE = 1e-3
-"""Largest |exported − original| logit, as a fraction of the largest |logit| at these positions."""
+FORMAT = 2
 MAX_PROMPT_TOKENS_FOR_LOGITS = 256
+"""Longer prompts are not computed once more for the logits behind them."""
+MAX_KEPT_BYTES = 128 << 20
+"""Whole distributions on text that are kept until the original can be run."""
+NUM_SHARED_TOKENS = 32
+"""Tokens of the text that the shipped graph reads as well as the edited one."""
+NUM_GENERATED_PROMPTS, NUM_GENERATED_TOKENS = 2, 24
+"""Prompts that the original also continues token by token with its own cache; the others take one forward pass."""
 
 
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt. ``result`` is ``equal``, ``tie`` or ``mismatch``; ``position`` is the first new token that differs.
+class Ticker:
+    """Counts pieces of work as progress. Owned by the thread that certifies."""
 
-    ``logit_gap`` is by how much the original preferred its own token to the exported version's there.
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._progress.progress(self._done, self._total)
+
+
+def certify(
+    folder: Path,
+    checkpoint: Checkpoint,
+    sliding_window: int | None,
+    progress: Progress,
+    thresholds: Thresholds | None = None,
+    eval_text: Path | None = None,
+) -> dict[str, Any]:
+    """Compare the version in ``folder`` with ``checkpoint`` and return the certificate; it may not pass.
+
+    ``thresholds`` are those of the version's precision by default, ``eval_text`` is a file to use instead of our text.
     """
-
-    name: str
-    num_prompt_tokens: int
-    num_new_tokens: int
-    num_equal: int
-    result: str
-    position: int | None = None
-    expected: int | None = None
-    found: int | None = None
-    logit_gap: float | None = None
-
-
-def certify(folder: Path, checkpoint: Checkpoint, sliding_window: int | None, progress: Progress) -> dict[str, Any]:
-    """Compare the unsealed version in ``folder`` with ``checkpoint`` and return the certificate; it may not pass."""
     config = VersionConfig.read(folder)
+    thresholds = thresholds or thresholds_for(config.model.precision)
+    if config.model.kind == "encoder":
+        from exporters.encoder_certificate import certify_encoder
+
+        return certify_encoder(folder, checkpoint, progress, thresholds)
+    return _certify_decoder(folder, config, checkpoint, sliding_window, progress, thresholds, eval_text)
+
+
+def _certify_decoder(
+    folder: Path,
+    config: VersionConfig,
+    checkpoint: Checkpoint,
+    sliding_window: int | None,
+    progress: Progress,
+    thresholds: Thresholds,
+    eval_text: Path | None,
+) -> dict[str, Any]:
+    """The certificate of a model that writes tokens: a decoder, alone or behind an encoder."""
     tokenizer = load_tokenizer(checkpoint)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text)["input_ids"])
+
     prompts = make_prompts(
-        lambda text: list(tokenizer(text)["input_ids"]),
-        config.model.vocab_size,
+        encode,
+        config.model.source_vocab_size or config.model.vocab_size,
         config.engine.max_model_len,
         config.engine.max_num_batched_tokens,
         sliding_window,
+        config.engine.max_source_len,
+        config.model.pad_token_id,
     )
-    positions = _positions(prompts)
+    text = held_out.read_text(eval_text)
+    texts = text_passages(config, encode, text)
+    tick = Ticker(progress, 2 * (len(prompts) + len(texts)))
 
-    total = 2 * len(prompts)
-    found_logits = exported_logits(folder / config.model.graph, positions)
-    found_tokens, speed, peak_rss_bytes = _run_engine(folder, config, prompts, progress, total)
+    try:
+        run = run_prompts(folder, config, prompts, tick)
+    except EngineFailed as error:
+        if config.model.precision not in ("fp16", "bf16"):
+            raise
+        raise EngineFailed(
+            f"{error}. Versions in {config.model.precision} are for CUDA: export with --no-certify where there is none "
+            "and prove the version with llmos verify where it will run"
+        ) from error
+    passages = [passage_of(config, prompt, tokens) for prompt, tokens in zip(prompts, run.tokens, strict=True)]
+    shipped = ExportedGraph(folder, config)
+    found_logits = probe(shipped, passages)
+    begin, positions = _beginning(texts)
+    shipped_logits = shipped.at(begin, positions, texts[0].source)
+    del shipped
+    return_freed_memory()
+    stride = -(-4 * config.model.vocab_size * sum(len(passage.tokens) for passage in texts) // MAX_KEPT_BYTES)
+    exported = TextLogits(stride)
+    edited_logits = _read_texts(folder, config, texts, exported, tick)
+    return_freed_memory()
 
-    model = load_model(checkpoint)
-    logits = _compare_logits(original_logits(model, positions), found_logits)
-    results = []
-    for index, prompt in enumerate(prompts):
-        results.append(_compare_tokens(model, prompt, found_tokens[index]))
-        progress.progress(len(prompts) + index + 1, total)
+    model = load_original(checkpoint, config)
+    results, expected_logits = [], []
+    for prompt, passage, tokens, found in zip(prompts, passages, run.tokens, found_logits, strict=True):
+        logits = original_logits(model, passage.ids, passage.source, max(1, len(passage.tokens)))
+        if found is not None:
+            expected_logits.append(logits[0].numpy())
+        top = top_of(found) if found is not None else ()
+        results.append(_result(prompt, tokens, passage, logits, top, thresholds))
+        tick()
+    comparer = TextComparison(exported)
+    for passage in texts:
+        logits = original_logits(model, passage.ids, passage.source, len(passage.tokens))
+        comparer.add(logits, passage.tokens)
+        tick()
+    comparison = {
+        "logits": comparer.logits(expected_logits, [logits for logits in found_logits if logits is not None]),
+        "text": {
+            "sha256": held_out.sha256_of_text(text),
+            **comparer.text(),
+            "max_difference_to_shipped_graph": finite(float(np.abs(shipped_logits - edited_logits).max())),
+        },
+        "generate": _check_generate(model, config, results, thresholds.tie_logit_gap),
+        "tokenizer": {"num_texts": len(TEXTS), "equal": tokenizes_equally(folder, tokenizer)},
+        "original_attention": model.config._attn_implementation,
+        "sliding_window": sliding_window,
+    }
+    return _document(folder, config, thresholds, results, comparison, run, progress)
 
+
+def probe(graph: ExportedGraph, passages: Sequence[Passage]) -> list[np.ndarray | None]:
+    """Logits (V,) of the shipped graph where each passage's first token is chosen; None for long prompts."""
+    return [
+        graph.at(passage.ids[: passage.first + 1], [passage.first], passage.source)[0]
+        if len(passage.source) + passage.first < MAX_PROMPT_TOKENS_FOR_LOGITS and passage.tokens
+        else None
+        for passage in passages
+    ]
+
+
+def _beginning(texts: Sequence[Passage]) -> tuple[tuple[int, ...], list[int]]:
+    """A few tokens of the text, and positions among them at which the shipped and the edited graph must agree."""
+    begin = texts[0].ids[:NUM_SHARED_TOKENS]
+    return begin, [0, len(begin) // 2, len(begin) - 1]
+
+
+def load_original(checkpoint: Checkpoint, config: VersionConfig) -> PreTrainedModel:
+    """The checkpoint's model in PyTorch, as the kind of model that the version is."""
+    if config.model.kind == "encoder_decoder":
+        from exporters.original import load_seq2seq_model
+
+        return load_seq2seq_model(checkpoint)
+    return load_model(checkpoint)
+
+
+def _read_texts(
+    folder: Path, config: VersionConfig, texts: Sequence[Passage], exported: TextLogits, tick: Callable[[], None]
+) -> np.ndarray:
+    """Have the exported version read ``texts``. Returns its logits at the positions of ``_beginning``."""
+    graph = ExportedGraph(folder, config, all_positions=True)
+    wanted: list[np.ndarray] = []
+    for passage in texts:
+        position = 0
+        for logits in graph.chunks(passage.ids, passage.source):
+            if passage is texts[0]:
+                rows = [index - position for index in _beginning(texts)[1]]
+                wanted += [logits[row] for row in rows if 0 <= row < len(logits)]
+            begin, done = max(passage.first - position, 0), max(position - passage.first, 0)
+            found = logits[begin:]
+            exported.add(torch.from_numpy(found), passage.tokens[done : done + len(found)])
+            position += len(logits)
+        tick()
+    return np.stack(wanted)
+
+
+def _result(
+    prompt: Prompt,
+    tokens: Sequence[int],
+    passage: Passage,
+    logits: torch.Tensor,
+    top: tuple[tuple[int, float], ...],
+    thresholds: Thresholds,
+) -> PromptResult:
+    num_forced = len(tokens) - len(passage.tokens)
+    logits = logits[-len(passage.tokens) :]
+    verdict = judge(logits, passage.tokens, prompt.num_new_tokens - num_forced, thresholds.tie_logit_gap)
+    return PromptResult(
+        name=prompt.name,
+        num_prompt_tokens=len(prompt.ids),
+        num_new_tokens=len(passage.tokens),
+        **asdict(verdict),
+        prompt_ids=prompt.ids,
+        token_ids=tuple(tokens),
+        top=top,
+    )
+
+
+def _check_generate(
+    model: PreTrainedModel, config: VersionConfig, results: Sequence[PromptResult], tie_logit_gap: float
+) -> dict[str, Any]:
+    """Whether the original, token by token with its own cache, writes what one forward pass of it said it would."""
+    chosen = [result for result in results if not result.name.startswith(("random", "long", "past"))]
+    chosen = (chosen or list(results))[:NUM_GENERATED_PROMPTS]
+    num_equal = 0
+    for result in chosen:
+        passage = passage_of(config, Prompt(result.name, result.prompt_ids, result.num_new_tokens), result.token_ids)
+        num_new = min(NUM_GENERATED_TOKENS, len(passage.tokens))
+        expected = list(passage.tokens[: result.num_equal])
+        if result.expected is not None:
+            expected.append(result.expected)
+        generated = generate(model, config, passage, num_new)
+        expected, generated = expected[:num_new], generated[: len(expected)]
+        num_equal += expected == generated or _is_tie(model, passage, expected, generated, tie_logit_gap)
+    return {"num_prompts": len(chosen), "num_new_tokens": NUM_GENERATED_TOKENS, "num_equal": num_equal}
+
+
+def _is_tie(
+    model: PreTrainedModel, passage: Passage, expected: Sequence[int], generated: Sequence[int], tie_logit_gap: float
+) -> bool:
+    position = next((i for i, (a, b) in enumerate(zip(expected, generated, strict=False)) if a != b), None)
+    if position is None:
+        return False
+    logits = original_logits(model, passage.ids[: passage.first + position + 1], passage.source, 1)[-1]
+    return abs(float(logits[expected[position]] - logits[generated[position]])) < tie_logit_gap
+
+
+def generate(model: Any, config: VersionConfig, passage: Passage, num_new: int) -> list[int]:
+    """Greedy tokens of the original: the model's own generation settings, end of sequence included, are put aside."""
+    plain = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=num_new,
+        pad_token_id=0,
+        decoder_start_token_id=config.model.decoder_start_token_id,
+        suppress_tokens=suppressed_tokens(model) or None,
+    )
+    # generate() fills what its argument leaves out from the model's, so both must be plain.
+    model.generation_config = plain
+    begun = torch.tensor([passage.ids[: passage.first + 1]])
+    ids = torch.tensor([passage.source]) if passage.source else begun
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if passage.source:
+        inputs["decoder_input_ids"] = begun
+    with torch.no_grad():
+        output: Any = model.generate(**inputs, generation_config=plain)
+    return [int(token) for token in output[0, begun.shape[1] :]]
+
+
+def _document(
+    folder: Path,
+    config: VersionConfig,
+    thresholds: Thresholds,
+    results: Sequence[PromptResult],
+    comparison: Mapping[str, Any],
+    run: EngineRun,
+    progress: Progress,
+) -> dict[str, Any]:
     counts = {kind: sum(result.result == kind for result in results) for kind in ("equal", "tie", "mismatch")}
-    tokenizer_equal = _tokenizes_equally(folder, tokenizer)
+    logits, text, generated = comparison["logits"], comparison["text"], comparison["generate"]
+    num_tokens = max(1, sum(result.num_new_tokens for result in results))
+    agreement = sum(result.num_agreeing for result in results) / num_tokens
+    checks = check(
+        thresholds,
+        {
+            "max_mismatches": counts["mismatch"],
+            "max_relative_logit_difference": logits["max_relative_difference"],
+            "min_agreement": agreement,
+            "min_text_agreement": text["agreement"],
+            "max_kl_mean": text["kl_mean"],
+            "max_kl_p99": text["kl_p99"],
+            "max_perplexity_ratio": text["perplexity_ratio"],
+        },
+    )
+    edited = text["max_difference_to_shipped_graph"]
     passed = (
-        counts["mismatch"] == 0
-        and tokenizer_equal
-        and logits["max_relative_difference"] <= MAX_RELATIVE_LOGIT_DIFFERENCE
+        all(found.passed for found in checks)
+        and comparison["tokenizer"]["equal"]
+        and generated["num_equal"] == generated["num_prompts"]
+        and edited is not None
+        and edited < thresholds.tie_logit_gap
     )
     size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    steps = progress.timings()
+    export_peak = max((used.peak_rss_bytes for used in steps.values()), default=None)
     return {
         "format": FORMAT,
+        "kind": config.model.kind,
+        "precision": config.model.precision,
         "passed": passed,
         "summary": {
             "passed": passed,
-            "num_prompts": len(prompts),
+            "precision": config.model.precision,
+            "num_prompts": len(results),
             "num_equal": counts["equal"],
             "num_ties": counts["tie"],
             "num_mismatches": counts["mismatch"],
             "num_tokens_compared": sum(result.num_equal for result in results),
+            "agreement": agreement,
+            "text_agreement": text["agreement"],
             "max_logit_difference": logits["max_difference"],
-            "prefill_tokens_per_s": speed["prefill_tokens_per_s"],
-            "decode_tokens_per_s": speed["decode_tokens_per_s"],
+            "mean_logit_difference": logits["mean_difference"],
+            "kl_mean": text["kl_mean"],
+            "kl_p99": text["kl_p99"],
+            "perplexity_original": text["perplexity_original"],
+            "perplexity_ratio": text["perplexity_ratio"],
+            "prefill_tokens_per_s": run.speed["prefill_tokens_per_s"],
+            "decode_tokens_per_s": run.speed["decode_tokens_per_s"],
             "size_bytes": size_bytes,
-            "peak_rss_bytes": peak_rss_bytes,
+            "peak_rss_bytes": run.peak_rss_bytes,
+            "export_peak_rss_bytes": export_peak,
+            "failed": [found.name for found in checks if not found.passed],
         },
-        "thresholds": {
-            "tie_logit_gap": TIE_LOGIT_GAP,
-            "max_relative_logit_difference": MAX_RELATIVE_LOGIT_DIFFERENCE,
-        },
+        "thresholds": asdict(thresholds),
+        "checks": [asdict(found) for found in checks],
+        "agreement": agreement,
+        "fraction_before_difference": sum(result.num_equal for result in results) / num_tokens,
         "tokens": [asdict(result) for result in results],
-        "logits": logits,
-        "tokenizer": {"num_texts": len(TEXTS), "equal": tokenizer_equal},
-        "speed": speed,
-        "memory": {"size_bytes": size_bytes, "peak_rss_bytes": peak_rss_bytes},
-        "original_attention": model.config._attn_implementation,
+        **comparison,
+        "speed": dict(run.speed),
+        "memory": {
+            "size_bytes": size_bytes,
+            "peak_rss_bytes": run.peak_rss_bytes,
+            "export_peak_rss_bytes": export_peak,
+        },
+        "steps": {name: asdict(used) for name, used in steps.items()},
         "environment": environment(),
     }
 
 
-def _positions(prompts: Sequence[Prompt]) -> list[Position]:
-    """First, middle and last token of every prompt that is short enough to be computed once per position."""
-    return [
-        Position(prompt.ids, index)
-        for prompt in prompts
-        if len(prompt.ids) <= MAX_PROMPT_TOKENS_FOR_LOGITS
-        for index in sorted({0, len(prompt.ids) // 2, len(prompt.ids) - 1})
-    ]
-
-
-def _run_engine(
-    folder: Path, config: VersionConfig, prompts: Sequence[Prompt], progress: Progress, total: int
-) -> tuple[dict[int, tuple[int, ...]], dict[str, Any], int | None]:
-    """Tokens of every prompt, measured speed, and the engine's peak memory."""
-    with EngineProcess(folder) as engine:
-        speed = _measure_speed(engine, config)
-        tokens: dict[int, tuple[int, ...]] = {}
-        started_s = time.monotonic()
-        for index, prompt in enumerate(prompts):
-            engine.submit(str(index), prompt.ids, prompt.num_new_tokens)
-        for done in range(len(prompts)):
-            answer = engine.receive()
-            tokens[int(answer.request_id)] = answer.token_ids
-            progress.progress(done + 1, total)
-        elapsed_s = time.monotonic() - started_s
-        speed["batch_tokens_per_s"] = round(sum(map(len, tokens.values())) / elapsed_s, 1)
-        engine.finish()
-    return tokens, speed, engine.peak_rss_bytes
-
-
-def _measure_speed(engine: EngineProcess, config: VersionConfig) -> dict[str, Any]:
-    """Tokens per second of one request alone, after a short one that warms up."""
-    generator = np.random.default_rng(1)
-    max_model_len = config.engine.max_model_len
-    num_prompt, num_new = max_model_len // 2, min(64, max_model_len // 4)
-    num_prompt = min(num_prompt, config.engine.max_num_batched_tokens)
-    speed: dict[str, Any] = {"num_prompt_tokens": num_prompt, "num_new_tokens": num_new}
-    for name, length in (("warm-up", min(16, num_prompt)), ("speed", num_prompt)):
-        engine.submit(name, generator.integers(0, config.model.vocab_size, length).tolist(), num_new)
-        metrics = engine.receive().metrics
-    speed["prefill_tokens_per_s"] = _per_second(num_prompt, metrics.get("prefill_s"))
-    speed["decode_tokens_per_s"] = _per_second(num_new - 1, metrics.get("decode_s"))
-    return speed
-
-
-def _per_second(num_tokens: int, seconds: float | None) -> float | None:
-    return round(num_tokens / seconds, 1) if seconds else None
-
-
-def _compare_tokens(model: PreTrainedModel, prompt: Prompt, found: Sequence[int]) -> PromptResult:
-    expected = _generate(model, prompt)
-    sizes = (prompt.name, len(prompt.ids), prompt.num_new_tokens)
-    if list(found) == expected:
-        return PromptResult(*sizes, num_equal=len(expected), result="equal")
-    pairs = zip(expected, found, strict=False)
-    position = next((i for i, (left, right) in enumerate(pairs) if left != right), min(len(expected), len(found)))
-    if position >= len(expected) or position >= len(found):  # one of them ended early
-        return PromptResult(*sizes, num_equal=position, result="mismatch", position=position)
-    with torch.no_grad():
-        ids = torch.tensor([[*prompt.ids, *expected[:position]]])
-        logits = model(input_ids=ids, use_cache=False).logits[0, -1]
-    gap = float(logits[expected[position]] - logits[found[position]])
-    return PromptResult(
-        *sizes,
-        num_equal=position,
-        result="tie" if abs(gap) < TIE_LOGIT_GAP else "mismatch",
-        position=position,
-        expected=expected[position],
-        found=found[position],
-        logit_gap=gap,
-    )
-
-
-def _generate(model: Any, prompt: Prompt) -> list[int]:
-    """Greedy tokens of the original: the model's own generation settings, end of sequence included, are put aside."""
-    plain = GenerationConfig(do_sample=False, max_new_tokens=prompt.num_new_tokens, pad_token_id=0)
-    # generate() fills what its argument leaves out from the model's, so both must be plain.
-    model.generation_config = plain
-    ids = torch.tensor([prompt.ids])
-    with torch.no_grad():
-        output: Any = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-    return [int(token) for token in output[0, len(prompt.ids) :]]
-
-
-def _compare_logits(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> dict[str, Any]:
-    differences = [np.abs(left - right) for left, right in zip(expected, found, strict=True)]
-    largest = max(float(difference.max()) for difference in differences)
-    scale = max(float(np.abs(logits).max()) for logits in expected)
-    return {
-        "num_positions": len(differences),
-        "max_difference": largest,
-        "mean_difference": float(np.mean([difference.mean() for difference in differences])),
-        "max_relative_difference": largest / max(scale, 1e-9),
-        "max_logit": scale,
-    }
-
-
-def _tokenizes_equally(folder: Path, tokenizer: Any) -> bool:
+def tokenizes_equally(folder: Path, tokenizer: Any) -> bool:
     """Whether tokenizer.json alone, as the engine reads it, gives the ids that transformers gives."""
     from tokenizers import Tokenizer
 

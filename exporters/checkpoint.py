@@ -18,10 +18,11 @@ from typing import Any
 from exporters.errors import InvalidCheckpoint, UnsafeCheckpoint, UnsupportedArchitecture
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-SAFE_PATTERNS = ("*.json", "*.safetensors", "*.jinja")
+CONFIG_PATTERNS = ("*.json", "*.jinja")
+SAFE_PATTERNS = (*CONFIG_PATTERNS, "*.safetensors")
 """Files fetched from the Hub: all that an export reads, none that can hold code."""
-UNUSED_PATTERNS = ("*/*", "consolidated*")
-"""Other forms of the same weights, which would only double the download."""
+UNUSED_PATTERNS = ("[!0-9]*/*", "consolidated*")
+"""Other forms of the same weights, which would only double the download; sentence-transformers numbers its folders."""
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -41,13 +42,23 @@ class Checkpoint:
     def model_type(self) -> str:
         return str(self.config["model_type"])
 
+    def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], Path]]:
+        """Shape and file of every weight, from the headers of the files."""
+        return {
+            name: (tuple(entry["shape"]), path) for path in self.files for name, entry in _header_of(path)[0].items()
+        }
 
-def open_checkpoint(source: str) -> Checkpoint:
-    """Check the folder ``source`` (or fetch the Hub model of that id first); raises ExportError with the reason."""
+
+def open_checkpoint(source: str, *, with_weights: bool = True) -> Checkpoint:
+    """Check the folder ``source`` (or fetch the Hub model of that id first); raises ExportError with the reason.
+
+    Without weights, those of a Hub model are not fetched, and ``files`` is then empty.
+    """
     folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetch(source)
-    _check_links(folder)
+    is_local = folder.is_dir()
+    if not is_local:
+        folder = _fetch(source, SAFE_PATTERNS if with_weights else CONFIG_PATTERNS)
+    check_links(folder)
     config = _read_config(folder)
     _check_no_custom_code(folder, config)
     if not (folder / "tokenizer.json").is_file():
@@ -55,19 +66,20 @@ def open_checkpoint(source: str) -> Checkpoint:
             f"{folder} has no tokenizer.json; expected a fast tokenizer: load the tokenizer with "
             "AutoTokenizer.from_pretrained and save it with save_pretrained into this folder"
         )
-    _read_json(folder / "tokenizer.json")
-    generation_config = _read_json(folder / "generation_config.json", missing_ok=True)
-    return Checkpoint(folder, source, config, generation_config, _check_weights(folder))
+    read_json(folder / "tokenizer.json")
+    generation_config = read_json(folder / "generation_config.json", missing_ok=True)
+    files = _check_weights(folder) if with_weights or is_local else ()
+    return Checkpoint(folder, source, config, generation_config, files)
 
 
-def _fetch(model_id: str) -> Path:
+def _fetch(model_id: str, patterns: tuple[str, ...]) -> Path:
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise InvalidCheckpoint(f"{model_id} is not a folder; expected a checkpoint folder or the id of a Hub model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=[*SAFE_PATTERNS], ignore_patterns=[*UNUSED_PATTERNS]))
+        return Path(snapshot_download(model_id, allow_patterns=[*patterns], ignore_patterns=[*UNUSED_PATTERNS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidCheckpoint(
             f"{model_id} is neither a folder nor a model that could be fetched from the Hub "
@@ -76,8 +88,12 @@ def _fetch(model_id: str) -> Path:
         ) from error
 
 
-def _check_links(folder: Path) -> None:
-    """Refuse links to outside. The Hub's cache links from snapshots/ to blobs/ of the same model, which is inside."""
+def check_links(folder: Path) -> None:
+    """Refuse links to outside. The Hub's cache links from snapshots/ to blobs/ of the same model, which is inside.
+
+    Hard links are not refused: copies made by ``cp -l`` and caches are full of them, they cannot lead out of what the
+    user may read, and what was read is recorded by its sha256.
+    """
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
@@ -95,7 +111,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "it holds a PEFT adapter: merge it into its base model (merge_and_unload) and save that"
         raise InvalidCheckpoint(f"{folder} has no config.json; {hint}")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint(
             f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; "
@@ -110,7 +126,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _check_no_custom_code(folder: Path, config: Mapping[str, Any]) -> None:
-    tokenizer_config = _read_json(folder / "tokenizer_config.json", missing_ok=True)
+    tokenizer_config = read_json(folder / "tokenizer_config.json", missing_ok=True)
     for name, document in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         if document.get("auto_map"):
             raise UnsafeCheckpoint(
@@ -124,10 +140,10 @@ def _check_weights(folder: Path) -> tuple[Path, ...]:
     """The weight files, each with a sound header and of the size that the header states."""
     index = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).exists():
-        _tensors_of(folder / WEIGHTS)
+        tensors_of(folder / WEIGHTS)
         return (folder / WEIGHTS,)
     if index.exists():
-        return _check_shards(folder, _read_json(index))
+        return _check_shards(folder, read_json(index))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise UnsafeCheckpoint(
@@ -148,7 +164,7 @@ def _check_shards(folder: Path, index: Mapping[str, Any]) -> tuple[Path, ...]:
             raise UnsafeCheckpoint(
                 f"{folder / WEIGHTS_INDEX} names the shard {name!r}; expected a .safetensors file in the same folder"
             )
-        tensors[name] = _tensors_of(folder / name)
+        tensors[name] = tensors_of(folder / name)
     for tensor, name in weight_map.items():
         if tensor not in tensors[name]:
             raise InvalidCheckpoint(
@@ -157,10 +173,23 @@ def _check_shards(folder: Path, index: Mapping[str, Any]) -> tuple[Path, ...]:
     return tuple(folder / name for name in tensors)
 
 
-def _tensors_of(path: Path) -> set[str]:
+def tensors_of(path: Path) -> set[str]:
     """Names of the tensors in a safetensors file; raises InvalidCheckpoint if it is missing, cut short or damaged."""
     if not path.is_file():
         raise InvalidCheckpoint(f"{path} is missing, but {WEIGHTS_INDEX} names it; download the checkpoint again")
+    header, header_bytes = _header_of(path)
+    size_bytes = path.stat().st_size
+    expected_bytes = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size_bytes != expected_bytes:
+        raise InvalidCheckpoint(
+            f"{path} has {size_bytes} bytes; its header promises {expected_bytes}: the file was cut short or changed, "
+            "download it again"
+        )
+    return set(header)
+
+
+def _header_of(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors' entries in a safetensors file, and the header's size in bytes; raises InvalidCheckpoint."""
     size_bytes = path.stat().st_size
     with path.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -171,19 +200,22 @@ def _tensors_of(path: Path) -> set[str]:
             )
         try:
             header = json.loads(stream.read(header_bytes))
-            ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            entries = {
+                name: {
+                    "shape": [int(size) for size in entry["shape"]],
+                    "data_offsets": [int(offset) for offset in entry["data_offsets"]],
+                }
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+            if any(len(entry["data_offsets"]) != 2 for entry in entries.values()):
+                raise ValueError("data_offsets are not two numbers")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidCheckpoint(f"{path} has a damaged header ({error!r}); download it again") from error
-    expected_bytes = 8 + header_bytes + max(ends.values(), default=0)
-    if size_bytes != expected_bytes:
-        raise InvalidCheckpoint(
-            f"{path} has {size_bytes} bytes; its header promises {expected_bytes}: the file was cut short or changed, "
-            "download it again"
-        )
-    return set(ends)
+    return entries, header_bytes
 
 
-def _read_json(path: Path, missing_ok: bool = False) -> Mapping[str, Any]:
+def read_json(path: Path, missing_ok: bool = False) -> Mapping[str, Any]:
     if missing_ok and not path.exists():
         return {}
     try:

@@ -8,8 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from exporters.errors import InvalidConfig
+from exporters.thresholds import Thresholds, thresholds_for
+from exporters.usage import StepUsage
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+DEVICES = ("cpu", "cuda")
+CACHE_TYPES = {
+    ("fp32", "cpu"): "fp32",
+    ("fp16", "cpu"): "fp16",
+    ("int8", "cpu"): "fp32",
+    ("int4", "cpu"): "fp32",
+    ("fp16", "cuda"): "fp16",
+    ("bf16", "cuda"): "bf16",
+    ("int8", "cuda"): "fp16",
+    ("int4", "cuda"): "fp16",
+}
+"""Precision and device → type of keys and values. The others have no kernel of the attention operator."""
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_MAX_MODEL_LEN = 4096
 """Upper bound of max_model_len when none is asked for: cache memory grows with it."""
 
@@ -22,7 +37,18 @@ class ExportConfig:
     out            the version folder to write; must not exist, or be empty, unless ``overwrite``
     max_model_len  longest prompt + output in tokens; None: the model's own limit, at most 4096
     max_num_seqs   cache rows, so sequences that can run at once
-    precision      type of weights and cache
+    precision      what weights are kept and multiplied in
+    device         where the version will run, ``cpu`` or ``cuda``: decides what ``int8`` means, and the cache's type
+    block_size     int4: weights that share one scale
+    accuracy_level int4: 0 computes in fp32, 4 in int8 products
+    calibration    int8: text file; scale is moved from outlying activations into weights by what it shows
+    max_source_len encoder–decoder: longest source in tokens; None: the model's own limit, at most 1024
+    lora_slots     adapters that can be loaded at once; 0 exports a graph without adapters
+    lora_rank      largest rank of an adapter
+    lora_targets   names of the modules that adapters may change, as in PEFT's target_modules
+    thresholds     limits of the certificate that differ from the precision's own, by name (``exporters.thresholds``)
+    eval_text      text file on which original and version are compared; None: the built-in text
+    name           what the model is called, for those who read the events; None: the checkpoint's own name
     overwrite      replace ``out`` if it is a version folder
     """
 
@@ -31,6 +57,17 @@ class ExportConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     precision: str = "fp32"
+    device: str = "cpu"
+    block_size: int = 32
+    accuracy_level: int = 4
+    calibration: Path | None = None
+    max_source_len: int | None = None
+    lora_slots: int = 0
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    eval_text: Path | None = None
+    name: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -40,13 +77,49 @@ class ExportConfig:
             raise InvalidConfig(f"max_num_seqs has value {self.max_num_seqs}; expected a whole number ≥ 1")
         if self.precision not in PRECISIONS:
             raise InvalidConfig(f"precision has value {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.device not in DEVICES:
+            raise InvalidConfig(f"device has value {self.device!r}; expected one of {', '.join(DEVICES)}")
+        if (self.precision, self.device) not in CACHE_TYPES:
+            found = [precision for precision, device in CACHE_TYPES if device == self.device]
+            raise InvalidConfig(
+                f"precision has value {self.precision!r}, for which {self.device} has no attention kernel; "
+                f"expected one of {', '.join(found)}, or another device"
+            )
+        if self.calibration is not None and (self.precision, self.device) != ("int8", "cpu"):
+            raise InvalidConfig(
+                f"calibration is set with precision {self.precision!r} for {self.device}; expected it with int8 for "
+                "cpu only, where activations are quantized"
+            )
+        if self.block_size not in BLOCK_SIZES:
+            raise InvalidConfig(f"block_size has value {self.block_size}; expected one of {BLOCK_SIZES}")
+        if self.accuracy_level not in (0, 4):
+            raise InvalidConfig(f"accuracy_level has value {self.accuracy_level}; expected 0 or 4")
+        if self.max_source_len is not None and self.max_source_len < 1:
+            raise InvalidConfig(f"max_source_len has value {self.max_source_len}; expected a whole number ≥ 1")
+        if self.lora_slots < 0:
+            raise InvalidConfig(f"lora_slots has value {self.lora_slots}; expected a whole number ≥ 0")
+        if self.lora_rank < 1:
+            raise InvalidConfig(f"lora_rank has value {self.lora_rank}; expected a whole number ≥ 1")
+        if self.lora_slots and not self.lora_targets:
+            raise InvalidConfig("lora_targets is empty; expected module names such as q_proj, or lora_slots = 0")
+        for name in ("calibration", "eval_text"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise InvalidConfig(f"{name} has value {str(path)!r}; expected an existing text file")
+        _ = self.limits
+
+    @property
+    def limits(self) -> Thresholds:
+        """The certificate's limits; raises InvalidConfig if ``thresholds`` has an unknown name or a bad value."""
+        return thresholds_for(self.precision, self.thresholds)
 
 
 @dataclass(frozen=True)
 class ExportedVersion:
     """A sealed version folder. ``digest`` is its identity; ``certificate`` the document in certificate.json.
 
-    A version that was not certified has an empty certificate and ``passed`` None.
+    A version that was not certified has an empty certificate and ``passed`` None. ``sizes`` are the nodes of the graph
+    as it was traced and as it was written, ``timings`` what each step took.
     """
 
     folder: Path
@@ -54,3 +127,5 @@ class ExportedVersion:
     size_bytes: int
     passed: bool | None
     certificate: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, StepUsage] = field(default_factory=dict)

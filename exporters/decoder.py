@@ -20,16 +20,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from exporters.attention import AttentionShapes, GraphAttention, LayerShape, registered
+from exporters.attention import AttentionShapes, GraphAttention, LayerShape, PlainAttention, registered
 from exporters.errors import UnsupportedArchitecture
-from exporters.norms import fused_norms
+from exporters.masks import MaskRecorder
+from exporters.positions import ToldPositions
 from exporters.rope import constant_frequencies
+from exporters.suppression import suppressed_tokens
+from exporters.tracing import trace_module
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 MAX_TOP_LOGITS = 64
 """K of ``top_logits``: enough for greedy, sampling and beams in the common case."""
+NUM_DRY_TOKENS = 24
+"""Length of the prompt on which a model is measured."""
+TOLERANCE = 1e-3
+"""Of the largest logit: far above rounding, far below what a missing part of a model changes."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,27 @@ class HeadIndex:
 class DecoderStep(torch.nn.Module):
     """One step of a decoder over a shared past/present buffer: S new tokens for each of B rows."""
 
+    bans: torch.Tensor | None
+
     def __init__(
-        self, model: PreTrainedModel, attention: GraphAttention, head: HeadIndex, num_layers: int, num_top_logits: int
+        self,
+        model: PreTrainedModel,
+        attention: GraphAttention,
+        head: HeadIndex,
+        positions: Any,
+        num_top_logits: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.attention = attention
         self.head = head
-        self.num_layers = num_layers
+        self.positions = positions
         self.num_top_logits = num_top_logits
+        suppressed, bans = suppressed_tokens(model), None
+        if suppressed:
+            bans = torch.zeros(model.get_output_embeddings().weight.shape[0])  # (V)
+            bans[suppressed] = -torch.inf
+        self.register_buffer("bans", bans)
 
     def forward(
         self,
@@ -86,44 +105,106 @@ class DecoderStep(torch.nn.Module):
         logits_index: torch.Tensor,
         past_key_values: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[Any, ...]:
-        self.attention.past = list(past_key_values)
-        self.attention.present = {}
-        self.attention.seqlens_k = seqlens_k
-        self.attention.total_sequence_length = total_sequence_length
+        self.attention.begin(past_key_values, seqlens_k, total_sequence_length, position_ids)
         self.head.index = logits_index
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, 0].float()
+        logits = self._logits(input_ids, position_ids)[:, 0].float()
+        if self.bans is not None:
+            logits = logits + self.bans
         top_logits, top_ids = torch.topk(logits, self.num_top_logits, dim=-1, largest=True, sorted=True)
-        present = [self.attention.present[layer] for layer in range(self.num_layers)]
-        return logits, top_logits, top_ids, present
+        return logits, top_logits, top_ids, self.attention.present
+
+    def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(B, 1, V): the head sees one position per row."""
+        output = self.model(input_ids=input_ids, **self.positions.arguments(position_ids), use_cache=False)
+        logits: torch.Tensor = output.logits
+        return logits
 
 
 def measure(model: PreTrainedModel) -> DecoderShape:
-    """Sizes of the decoder, from one dry run; raises UnsupportedArchitecture with the reason
-    if it is not one that the graph contract can hold.
+    """Sizes of the decoder, from dry runs; raises UnsupportedArchitecture with the reason if it is not one that the
+    graph contract can hold, or if attention nodes would not compute what it computes (which a model on the meta device
+    cannot show).
     """
-    shapes, head = AttentionShapes(), HeadIndex()
-    input_ids = torch.zeros((1, 2), dtype=torch.int64)
-    head.index = torch.zeros(1, dtype=torch.int64)
-    with registered(model, shapes), _hooked(model, head), constant_frequencies(model), torch.no_grad():
-        logits = model(input_ids=input_ids, position_ids=torch.arange(2).unsqueeze(0), use_cache=False).logits
-    expected = model.config.get_text_config().num_hidden_layers
-    if sorted(shapes.layers) != list(range(expected)):
+    try:
+        return _measure(model)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedArchitecture(
-            f"{type(model).__name__} has {expected} layers, of which {len(shapes.layers)} use transformers' attention "
-            "interface; expected all of them (models with recurrent or convolutional layers are not exported)"
+            f"{type(model).__name__} does not run as a plain decoder of text with attention that is not its own "
+            f"({type(error).__name__}: {reason}); use a model of an architecture that does, such as Llama or Qwen2"
+        ) from error
+
+
+def _measure(model: PreTrainedModel) -> DecoderShape:
+    name = type(model).__name__
+    with registered(model, _never_called):
+        pass  # whether it can be is the first thing to know
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+    ids = torch.randint(vocab_size // 2, vocab_size, (1, NUM_DRY_TOKENS), generator=generator)
+    ids_at = torch.arange(NUM_DRY_TOKENS).unsqueeze(0)
+    masks = MaskRecorder(_num_positions(model))
+    shapes, head, positions = AttentionShapes(masks), HeadIndex(), ToldPositions(model)
+    head.index = torch.full((1,), NUM_DRY_TOKENS - 1)
+    with torch.no_grad(), positions.handed_over(), constant_frequencies(model):
+
+        def logits_of(ids: torch.Tensor, ids_at: torch.Tensor) -> torch.Tensor:
+            return model(input_ids=ids, **positions.arguments(ids_at), use_cache=False).logits
+
+        with registered(model, shapes, masks):
+            with _hooked(model, head):
+                last = logits_of(ids, ids_at)
+            layers = tuple(shapes.layers)
+            if not layers:
+                raise UnsupportedArchitecture(
+                    f"{name} never calls transformers' attention interface (it is recurrent, convolutional, or its "
+                    "attention is written into the model); use an architecture that does, such as Llama or Qwen2"
+                )
+            if head.num_calls != 1 or last.shape[1] != 1:
+                raise UnsupportedArchitecture(
+                    f"{name} calls its output embeddings {head.num_calls} times per step; expected once"
+                )
+            if last.is_meta:  # a model without numbers has sizes only
+                return DecoderShape(layers, last.shape[-1])
+            together = logits_of(ids, ids_at)[0]
+            alone = logits_of(ids.T, ids_at.T)[:, 0]
+        _check_same(
+            together,
+            alone,
+            f"{name} lets tokens see each other, or counts them, outside of its attention (recurrent or convolutional "
+            "layers, positions of its own), which a cache of keys and values cannot hold",
         )
-    _check_layer_types(model, shapes)
-    if head.num_calls != 1 or logits.shape[1] != 1:
+        with registered(model, PlainAttention(layers)):
+            found = logits_of(ids, ids_at)[0]
+        expected = logits_of(ids, ids_at)[0]
+        _check_same(found, expected, f"{name} does more in its attention than the attention node computes")
+    return DecoderShape(layers, last.shape[-1])
+
+
+def _never_called(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("nothing runs")
+
+
+def _check_same(found: torch.Tensor, expected: torch.Tensor, reason: str) -> None:
+    """Both (S, V). A router may toss a coin between experts that are as good, so that one token in ten may differ."""
+    error = (found - expected).abs().amax(-1) / expected.abs().amax(-1).clamp(min=1e-6)
+    differing = int((error > TOLERANCE).sum())
+    if differing > len(error) // 10:
         raise UnsupportedArchitecture(
-            f"{type(model).__name__} calls its output embeddings {head.num_calls} times per step; expected once"
+            f"{reason}: logits of {differing} of {len(error)} tokens differ, by up to {float(error.max()):.2g} of the "
+            "largest; use a model of an architecture without that, such as Llama or Qwen2"
         )
-    return DecoderShape(tuple(shapes.layers[layer] for layer in range(expected)), logits.shape[-1])
+
+
+def _num_positions(model: PreTrainedModel) -> int:
+    """How long sequences to look at for windows."""
+    return min(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 4096, 1 << 18)
 
 
 def trace(model: PreTrainedModel, layers: Sequence[LayerShape], num_top_logits: int) -> ONNXProgram:
     """Trace ``model`` into one ONNX decoder graph with dynamic B, S and max_len. The weights are shared, not copied."""
-    attention, head = GraphAttention(), HeadIndex()
-    decoder = DecoderStep(model, attention, head, len(layers), num_top_logits).eval()
+    attention, head, positions = GraphAttention(layers), HeadIndex(), ToldPositions(model)
+    decoder = DecoderStep(model, attention, head, positions, num_top_logits).eval()
     # Sizes that occur nowhere else, so that the tracer cannot mistake one for another.
     num_rows, num_tokens, max_len = 3, 5, 23
     tokens = torch.zeros((num_rows, num_tokens), dtype=torch.int64)
@@ -154,42 +235,9 @@ def trace(model: PreTrainedModel, layers: Sequence[LayerShape], num_top_logits: 
     with (
         registered(model, attention),
         _hooked(model, head),
-        constant_frequencies(model),
-        fused_norms(model),
-        torch.no_grad(),
+        positions.handed_over(),
     ):
-        try:
-            program = torch.onnx.export(
-                decoder,
-                kwargs=inputs,
-                dynamic_shapes=axes,
-                input_names=input_names,
-                output_names=output_names,
-                dynamo=True,
-                optimize=True,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UnsupportedArchitecture(
-                f"{type(model).__name__} has an operation that cannot be traced to ONNX ({cause}); "
-                "use a model of an architecture that can, such as Llama or Qwen2"
-            ) from error
-    assert program is not None
-    return program
-
-
-def _check_layer_types(model: PreTrainedModel, shapes: AttentionShapes) -> None:
-    """Refuse windows that a model expresses only through its mask, which the exported graph does not have."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    for layer, layer_type in enumerate(layer_types):
-        window = shapes.layers[layer].sliding_window
-        if layer_type == "full_attention" or (layer_type == "sliding_attention" and window is not None):
-            continue
-        raise UnsupportedArchitecture(
-            f"layer {layer} of {type(model).__name__} is of type {layer_type!r} with window {window}; expected full "
-            "attention, or sliding attention whose window is passed to the attention function"
-        )
+        return trace_module(model, decoder, inputs, axes, input_names, output_names)
 
 
 class _hooked:

@@ -12,13 +12,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from exporters.errors import EngineFailed
+from exporters.prompts import Prompt
+from exporters.usage import peak_rss_bytes_of
+from triton_backend.config import VersionConfig
 
 GREEDY = {"temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0}
 """Explicit, because a version's own generation_config would fill in what a request leaves out."""
@@ -31,6 +37,15 @@ class EngineAnswer:
     request_id: str
     token_ids: tuple[int, ...]
     metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """Tokens of every prompt, in order, with the measured ``speed`` and the engine's peak memory."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    speed: Mapping[str, Any]
+    peak_rss_bytes: int | None
 
 
 class EngineProcess:
@@ -100,11 +115,10 @@ class EngineProcess:
     def finish(self) -> None:
         """Let the engine end by itself; raises EngineFailed if it does not do so with exit code 0."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self.peak_rss_bytes = peak_rss_bytes_of(self._process.pid)
         self._process.stdin.close()
         self._process.stdout.read()
-        _, status, usage = os.wait4(self._process.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        self.peak_rss_bytes = usage.ru_maxrss * 1024  # KiB on Linux
+        self._process.wait()
         if self._process.returncode != 0:
             raise self._failed(f"ended with exit code {self._process.returncode}")
 
@@ -113,3 +127,50 @@ class EngineProcess:
         self._stderr.seek(0)
         last_lines = " | ".join(self._stderr.read().strip().splitlines()[-5:])
         return EngineFailed(f"the engine on {self._folder} {what}; its last words: {last_lines or '(none)'}")
+
+
+def run_prompts(
+    folder: Path,
+    config: VersionConfig,
+    prompts: Sequence[Prompt],
+    on_done: Callable[[], None] = lambda: None,
+    *,
+    measure: bool = True,
+) -> EngineRun:
+    """Greedy tokens of all ``prompts`` at once, by the engine on ``folder``; raises EngineFailed."""
+    with EngineProcess(folder) as engine:
+        speed = _measure_speed(engine, config) if measure else {}
+        tokens: dict[int, tuple[int, ...]] = {}
+        started_s = time.monotonic()
+        for index, prompt in enumerate(prompts):
+            engine.submit(str(index), prompt.ids, prompt.num_new_tokens)
+        for _ in prompts:
+            answer = engine.receive()
+            tokens[int(answer.request_id)] = answer.token_ids
+            on_done()
+        elapsed_s = time.monotonic() - started_s
+        speed["batch_tokens_per_s"] = round(sum(map(len, tokens.values())) / elapsed_s, 1)
+        engine.finish()
+    return EngineRun(tuple(tokens[index] for index in range(len(prompts))), speed, engine.peak_rss_bytes)
+
+
+def _measure_speed(engine: EngineProcess, config: VersionConfig) -> dict[str, Any]:
+    """Tokens per second of one request alone, after a short one that warms up."""
+    generator = np.random.default_rng(1)
+    max_model_len = config.engine.max_model_len
+    num_prompt, num_new = max_model_len // 2, min(64, max_model_len // 4)
+    if config.engine.max_source_len:
+        num_prompt, num_new = config.engine.max_source_len, min(64, max_model_len // 2)
+    num_prompt = min(num_prompt, config.engine.max_num_batched_tokens)
+    speed: dict[str, Any] = {"num_prompt_tokens": num_prompt, "num_new_tokens": num_new}
+    vocab_size = config.model.source_vocab_size or config.model.vocab_size
+    for name, length, count in (("warm-up", min(16, num_prompt), 2), ("speed", num_prompt, num_new)):
+        engine.submit(name, generator.integers(0, vocab_size, length).tolist(), max(1, count))
+        metrics = engine.receive().metrics
+    speed["prefill_tokens_per_s"] = _per_second(num_prompt, metrics.get("prefill_s"))
+    speed["decode_tokens_per_s"] = _per_second(num_new - 1, metrics.get("decode_s"))
+    return speed
+
+
+def _per_second(num_tokens: int, seconds: float | None) -> float | None:
+    return round(num_tokens / seconds, 1) if seconds else None

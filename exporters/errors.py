@@ -6,7 +6,11 @@
     ├── InvalidCheckpoint       INVALID_CHECKPOINT        incomplete, damaged or contradictory files
     ├── UnsafeCheckpoint        UNSAFE_CHECKPOINT         exporting would run code or leave the folder
     ├── UnsupportedArchitecture UNSUPPORTED_ARCHITECTURE  a sound checkpoint that we cannot export
-    └── EngineFailed            ENGINE_FAILED             the engine could not run the version to certify it
+    ├── InvalidVersion          INVALID_VERSION           a version folder that is changed, unsafe or has no proof
+    ├── EngineFailed            ENGINE_FAILED             the engine could not run the version to certify it
+    ├── OutOfSpace              OUT_OF_SPACE              the disk is full, or a file may not grow so large
+    ├── InvalidAdapter          INVALID_ADAPTER           incomplete or damaged, or made for another base
+    └── UnsupportedAdapter      UNSUPPORTED_ADAPTER       a sound adapter that the version has no slot for
     ExportCancelled             CANCELLED                 a signal asked us to stop
 
 This module imports nothing of ours.
@@ -39,8 +43,24 @@ class UnsupportedArchitecture(ExportError):
     code = "UNSUPPORTED_ARCHITECTURE"
 
 
+class InvalidVersion(ExportError):
+    code = "INVALID_VERSION"
+
+
+class InvalidAdapter(ExportError):
+    code = "INVALID_ADAPTER"
+
+
+class UnsupportedAdapter(ExportError):
+    code = "UNSUPPORTED_ADAPTER"
+
+
 class EngineFailed(ExportError):
     code = "ENGINE_FAILED"
+
+
+class OutOfSpace(ExportError):
+    code = "OUT_OF_SPACE"
 
 
 class ExportCancelled(BaseException):

@@ -56,7 +56,7 @@ def save_graph(program: ONNXProgram, path: Path) -> None:
 
 def _name_nodes(graph: ir.Graph) -> None:
     numbers: Counter[str] = Counter()
-    for node in graph:
+    for node in ir.traversal.RecursiveGraphIterator(graph):
         module = module_of(node)
         name = _node_name("" if module == NO_SCOPE else _without_wrapper(f"{module}."), node.op_type)
         node.name = f"{name}_{numbers[name]}" if numbers[name] else name
@@ -71,15 +71,19 @@ def _node_name(module: str, op_type: str) -> str:
 
 def _name_weights(graph: ir.Graph) -> None:
     for value in list(graph.initializers.values()):
-        name = value.name
-        assert name is not None
-        folded_from = ast.literal_eval(value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "[]"))
-        if len(folded_from) == 1 and folded_from[0].startswith(WRAPPER_SCOPE):
-            # What the optimizer does to a single matrix is to transpose it for its MatMul.
-            name = f"{folded_from[0]}_{'transposed' if len(value.shape or ()) == 2 else 'folded'}"
-        name = _without_wrapper(name)
+        name = _without_wrapper(weight_name(value))
         if name not in graph.initializers:
             value.name = name
+
+
+def weight_name(value: ir.Value) -> str:
+    """The name of a weight in the traced model; one that the optimizer made says what it was made from."""
+    assert value.name is not None
+    folded_from = ast.literal_eval(value.metadata_props.get("pkg.onnxscript.optimizer.folded_from", "[]"))
+    if len(folded_from) == 1 and folded_from[0].startswith(WRAPPER_SCOPE):
+        # What the optimizer does to a single matrix is to transpose it for its MatMul.
+        return f"{folded_from[0]}_{'transposed' if len(value.shape or ()) == 2 else 'folded'}"
+    return value.name
 
 
 def _without_wrapper(name: str) -> str:

@@ -1,60 +1,223 @@
-"""Logits of single positions, from the exported graph in ONNX Runtime and from the original in PyTorch."""
+"""Logits, from the exported graph in ONNX Runtime and from the original in PyTorch.
+
+The shipped graph gives the logits of one position per row. For text, where every position counts, ``ExportedGraph``
+can instead run an edited copy that lives in memory: the one node that picks a position is replaced by a reshape of all
+positions into rows, (B, S, E) → (B·S, 1, E). Everything before and behind it is the shipped graph, with the shipped
+weights; that both give the same logits is part of the certificate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PreTrainedModel
 
+from exporters.errors import ExportError
+from exporters.suppression import suppressed_tokens
+from triton_backend.config import VersionConfig
 
-@dataclass(frozen=True)
-class Position:
-    """Token ``index`` of the prompt ``ids``."""
-
-    ids: tuple[int, ...]
-    index: int
+CHUNK_LOGITS_BYTES = 64 << 20
+"""Logits of all positions are asked for in chunks of about this size."""
+EXTERNAL_FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
+NUMPY_TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32}
 
 
-def exported_logits(graph: Path, positions: Sequence[Position]) -> list[np.ndarray]:
-    """Logits (V,) of each position; every one is a prefill of its prompt into one empty cache row."""
-    session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    caches = {node.name: node.shape for node in session.get_inputs() if node.name.startswith("past_key_values.")}
-    found = []
-    for position in positions:
-        num_tokens = len(position.ids)
+class ExportedGraph:
+    """The decoder of a version folder; with ``all_positions`` the edited copy. Owned by the thread that made it.
+
+    Adapter inputs, if the graph has any, are fed with zeros: no adapter.
+    """
+
+    def __init__(self, folder: Path, config: VersionConfig, *, all_positions: bool = False) -> None:
+        self._config = config
+        path = folder / config.model.graph
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs beside it
+        options.enable_cpu_mem_arena = False  # an arena grows to more than is in use and is kept
+        if all_positions:
+            options.add_session_config_entry(EXTERNAL_FOLDER_ENTRY, str(folder.absolute()))
+        graph = every_position(path) if all_positions else str(path)
+        self._all_positions = all_positions
+        self._session = _session(graph, options)
+        self._encoder = None
+        if config.model.encoder_graph:
+            self._encoder = _session(str(folder / config.model.encoder_graph), ort.SessionOptions())
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
+
+    def at(self, ids: Sequence[int], index: Sequence[int], source: Sequence[int] = ()) -> np.ndarray:
+        """Logits (B, V) of the shipped graph, which computes ``ids`` and is asked for position ``index[b]``."""
+        assert not self._all_positions
+        tokens = np.array([ids], np.int64)
+        if self._encoder is None:  # one prefill in B rows
+            num_rows = len(index)
+            return self._run(tokens.repeat(num_rows, 0), 0, index, self._state(num_rows, len(ids), source))
+        # Cross attention takes several new tokens in one row only.
+        return np.concatenate([self._run(tokens, 0, [one], self._state(1, len(ids), source)) for one in index])
+
+    def chunks(self, ids: Sequence[int], source: Sequence[int] = ()) -> Iterator[np.ndarray]:
+        """Logits of every position of ``ids``, in order, as arrays (S, V); chunks are appended to one cache row."""
+        assert self._all_positions
+        size = max(2, CHUNK_LOGITS_BYTES // (4 * self._config.model.vocab_size))
+        if self._encoder is not None:  # the graph takes no more new tokens at once than a source has room for
+            size = min(size, self._config.engine.max_source_len - 1)
+        starts = list(range(0, len(ids), size))
+        if len(starts) > 1 and len(ids) - starts[-1] == 1:
+            starts.pop()  # a chunk of one token would take the decode path
+        state = self._state(1, len(ids), source)
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            yield self._run(np.array([ids[start:end]], np.int64), start, [0], state)
+
+    def _run(self, ids: np.ndarray, start: int, index: Sequence[int], state: dict[str, ort.OrtValue]) -> np.ndarray:
+        num_rows, num_tokens = ids.shape
+        end = start + num_tokens
         inputs = {
-            "input_ids": np.array([position.ids], np.int64),
-            "position_ids": np.arange(num_tokens, dtype=np.int64)[None],
-            "seqlens_k": np.array([num_tokens - 1], np.int32),
-            "total_sequence_length": np.array(num_tokens, np.int32),
-            "logits_index": np.array([position.index], np.int64),
+            "input_ids": ids,
+            "position_ids": np.tile(np.arange(start, end, dtype=np.int64), (num_rows, 1)),
+            "seqlens_k": np.full(num_rows, end - 1, np.int32),
+            "total_sequence_length": np.array(end, np.int32),
+            "logits_index": np.array(index, np.int64),
         }
-        binding = session.io_binding()
+        binding = self._session.io_binding()
         for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        for name, (_, num_kv_heads, _, head_size) in caches.items():
-            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, num_kv_heads, num_tokens, head_size), np.float32))
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+            if name in self._inputs:
+                binding.bind_cpu_input(name, value)
+        for name, value in state.items():
+            binding.bind_ortvalue_input(name, value)
+            if name.startswith("past_key_values."):
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
         binding.bind_output("logits")
-        session.run_with_iobinding(binding)
-        found.append(binding.get_outputs()[-1].numpy()[0])
+        self._session.run_with_iobinding(binding)
+        logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _state(self, num_rows: int, max_len: int, source: Sequence[int]) -> dict[str, ort.OrtValue]:
+        """Everything that is fed besides the tokens: an empty cache, what the encoder made of ``source``, adapters."""
+        state = self._encoded(num_rows, source) if self._encoder is not None else {}
+        for name, node in self._inputs.items():
+            if name.startswith("past_key_values."):
+                state[name] = _zeros((num_rows, node.shape[1], max_len, node.shape[3]), node.type)
+            elif name == "adapter_ids":
+                state[name] = _zeros((num_rows,), node.type)
+            elif name.startswith("lora."):
+                state[name] = _zeros(self._lora_shape(name), node.type)
+        return state
+
+    def _encoded(self, num_rows: int, source: Sequence[int]) -> dict[str, ort.OrtValue]:
+        assert self._encoder is not None
+        ids = np.tile(np.array(source, np.int64), (num_rows, 1))
+        names = [output.name for output in self._encoder.get_outputs()]
+        fed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        known = {node.name for node in self._encoder.get_inputs()}
+        values = self._encoder.run_with_ort_values(
+            names, {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in fed.items() if name in known}
+        )
+        lengths = ort.OrtValue.ortvalue_from_numpy(np.full(num_rows, len(source), np.int32))
+        return {
+            **{name: self._padded(value) for name, value in zip(names, values, strict=True)},
+            "source_lens": lengths,
+        }
+
+    def _padded(self, encoded: ort.OrtValue) -> ort.OrtValue:
+        """Keys or values (B, KV, S, D) in a buffer of max_source_len, as the engine's are."""
+        found = encoded.numpy()
+        shape = (*found.shape[:2], self._config.engine.max_source_len, found.shape[3])
+        buffer = np.zeros(shape, found.dtype)
+        buffer[:, :, : found.shape[2]] = found
+        return ort.OrtValue.ortvalue_from_numpy(buffer)
+
+    def _lora_shape(self, name: str) -> tuple[int, int, int]:
+        lora = self._config.model.lora
+        assert lora is not None, f"{name} is an input, but model.json names no adapters"
+        target = next(target for target in lora.targets if name.startswith(f"lora.{target.name}."))
+        if name.endswith(".a"):
+            return (lora.num_slots + 1, target.in_features, lora.rank)
+        return (lora.num_slots + 1, lora.rank, target.out_features)
+
+
+def every_position(path: Path) -> bytes:
+    """The graph at ``path``, whose ``logits`` (B·S, V) are those of every position; its weights stay in their file."""
+    model = ir.load(path)
+    graph = model.graph
+    picks = _picks_of(next(value for value in graph.inputs if value.name == "logits_index"))
+    if len(picks) != 1:
+        raise ExportError(f"{path} picks a position in {len(picks)} places; expected one, before the head")
+    pick = picks[0]
+    hidden, picked = pick.inputs[0], pick.outputs[0]
+    axis = ir.Value(name="every_position.axis", const_value=ir.tensor(np.array([1], np.int64)))
+    graph.register_initializer(axis)
+    flat = ir.node("Flatten", [hidden], {"axis": 2}, name="/every_position/Flatten")
+    rows = ir.node("Unsqueeze", [flat.outputs[0], axis], name="/every_position/Unsqueeze")
+    graph.insert_before(pick, [flat, rows])
+    picked.replace_all_uses_with(rows.outputs[0])
+    kept = [value for value in graph.outputs if value.name not in ("top_logits", "top_ids")]
+    graph.outputs.clear()
+    graph.outputs.extend(kept)
+    # The declared shapes speak of B where there now are B·S rows.
+    for node in graph:
+        for output in node.outputs:
+            output.shape = None
+    for value in kept:
+        if value.name == "logits":
+            value.shape = ir.Shape(["positions", None])
+    RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def _picks_of(index: ir.Value) -> list[ir.Node]:
+    """The nodes that pick positions of the hidden states by ``index``, however the index is reshaped on its way."""
+    found: list[ir.Node] = []
+    for node, position in index.uses():
+        if node.op_type in ("GatherElements", "GatherND", "Gather") and position == 1:
+            found.append(node)
+        elif position == 0:
+            for output in node.outputs:
+                found += _picks_of(output)
     return found
 
 
-def original_logits(model: PreTrainedModel, positions: Sequence[Position]) -> list[np.ndarray]:
-    """Logits (V,) of each position; positions of one prompt share its forward pass."""
-    found: list[np.ndarray] = []
-    ids: tuple[int, ...] = ()
+def original_logits(
+    model: PreTrainedModel, ids: Sequence[int], source: Sequence[int] = (), keep: int | None = None
+) -> torch.Tensor:
+    """Logits (S, V) of the last ``keep`` positions of ``ids`` (all by default), in one forward pass.
+
+    Tokens that the model's own settings forbid have −inf, as in the graph.
+    """
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    if source:
+        inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([ids])}
+    if keep is not None and _can_keep(model):
+        inputs["logits_to_keep"] = keep
+    forward: Any = model
     with torch.no_grad():
-        for position in positions:
-            if position.ids != ids:
-                ids = position.ids
-                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
-            found.append(logits[position.index].copy())
-    return found
+        logits: torch.Tensor = forward(**inputs, use_cache=False).logits[0].float()
+    logits[:, suppressed_tokens(model)] = -torch.inf
+    return logits if keep is None else logits[-keep:]
+
+
+def _can_keep(model: PreTrainedModel) -> bool:
+    """Whether the model can leave out the head's product for positions that nobody asks for."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _session(graph: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    available = ort.get_available_providers()
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    if not torch.cuda.is_available():
+        providers = ["CPUExecutionProvider"]
+    return ort.InferenceSession(graph, options, providers=providers)
+
+
+def _zeros(shape: Sequence[int], onnx_type: str) -> ort.OrtValue:
+    """Zeros of a graph input's type, such as ``tensor(float16)``."""
+    name = onnx_type.removeprefix("tensor(").removesuffix(")")
+    if name == "bfloat16":  # numpy has none
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), ir.DataType.BFLOAT16.value)
+    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, NUMPY_TYPES[name]))

@@ -6,29 +6,68 @@ time is spent on it, and what only loading shows: weights that do not fit the co
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
+from exporters import torch_transformer
 from exporters.checkpoint import Checkpoint
 from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture
+from exporters.seq2seq import num_layers
 
 SAFE_LOADING: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+CAUSAL_ARCHITECTURES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""Classes of causal language models, of which some have names of their own."""
 
 
-def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The checkpoint's config; raises UnsupportedArchitecture if its kind of model is not exported."""
+def kind_of(config: PretrainedConfig) -> str:
+    """``decoder``, ``encoder_decoder`` or ``encoder``: what a config describes (``ModelConfig.kind``).
+
+    Some types are both, such as BERT, which can be told to be causal; then the class that wrote the checkpoint decides.
+    """
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    if any(_is_causal(name) for name in config.architectures or ()):
+        return "decoder"
+    is_encoder = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return "encoder" if is_encoder else "decoder"
+
+
+def _is_causal(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "LMHeadModel")) or architecture in CAUSAL_ARCHITECTURES
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's config, whatever kind of model it describes."""
+    torch_transformer.register()
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, **SAFE_LOADING)
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, **SAFE_LOADING)
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedArchitecture(
             f"transformers cannot read {checkpoint.folder / 'config.json'} with model_type {checkpoint.model_type!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    return config
+
+
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's config; raises UnsupportedArchitecture if it is not that of a decoder."""
+    config = read_config(checkpoint)
     if config.is_encoder_decoder:
         raise UnsupportedArchitecture(
             f"model_type {checkpoint.model_type!r} is an encoder-decoder model; expected a decoder-only causal model"
@@ -41,11 +80,32 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     return config
 
 
+def load_seq2seq_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's config; raises UnsupportedArchitecture if it is not that of an encoder–decoder for text."""
+    config = read_config(checkpoint)
+    if not config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise UnsupportedArchitecture(
+            f"model_type {checkpoint.model_type!r} has no encoder-decoder language model in transformers; expected one "
+            "of the text-to-text models, such as bart or t5"
+        )
+    return config
+
+
 def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The checkpoint's model in fp32, ready to run; raises ExportError with the reason if it cannot be exported."""
-    config = load_config(checkpoint)
+    """The checkpoint's decoder in fp32, ready to run; raises ExportError with the reason if it cannot be exported."""
+    return _load(checkpoint, load_config(checkpoint), AutoModelForCausalLM)
+
+
+def load_seq2seq_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's encoder–decoder in fp32, ready to run; raises ExportError with the reason if it cannot be
+    exported.
+    """
+    return _load(checkpoint, load_seq2seq_config(checkpoint), AutoModelForSeq2SeqLM)
+
+
+def _load(checkpoint: Checkpoint, config: PretrainedConfig, auto_class: Any) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             checkpoint.folder,
             config=config,
             dtype=torch.float32,
@@ -60,15 +120,15 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
             f"transformers cannot load {checkpoint.folder}: {str(error).splitlines()[0]}"
         ) from error
     model, info = loaded
-    _check_weights_fit(checkpoint, info, model.config.get_text_config().num_hidden_layers)
-    _check_exportable(model)
+    _check_weights_fit(checkpoint, info, _num_layers(model))
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InvalidCheckpoint(
                 f"weight {name} has NaN or infinite values; expected finite numbers: the training that wrote "
                 "it diverged or the file is damaged, use an earlier checkpoint"
             )
-    return model.eval()
+    loaded_model: PreTrainedModel = model.eval()
+    return loaded_model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -105,19 +165,13 @@ def _check_weights_fit(checkpoint: Checkpoint, info: dict[str, Any], num_layers:
         )
 
 
+def _num_layers(model: PreTrainedModel) -> int:
+    """Layers of a decoder, or of the longer of an encoder and a decoder."""
+    if not model.config.is_encoder_decoder:
+        return int(model.config.get_text_config().num_hidden_layers)
+    return max(num_layers(model.get_encoder()), num_layers(model.get_decoder()))
+
+
 def _layer_in(weight: str) -> int:
     number = re.search(r"\.(\d+)\.", weight)
     return int(number[1]) if number else -1
-
-
-def _check_exportable(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    for module in model.modules():
-        kind = type(module).__name__
-        if "Experts" in kind or "SparseMoe" in kind or kind.endswith(("MoE", "MoeBlock")):
-            raise UnsupportedArchitecture(
-                f"{name} is a mixture of experts ({kind}), whose grouped products have no ONNX form yet; "
-                "expected a dense model"
-            )
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedArchitecture(f"{name} takes no position_ids; expected a model that can be told its positions")

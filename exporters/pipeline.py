@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,47 +10,46 @@ from typing import Any
 from exporters.certificate import certify
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.config import ExportConfig, ExportedVersion
-from exporters.decoder import MAX_TOP_LOGITS, DecoderShape, measure, trace
+from exporters.decoder_version import write_decoder
+from exporters.encoder import is_encoder
+from exporters.encoder_version import write_encoder
+from exporters.errors import InvalidConfig
 from exporters.events import EmitEvent, Progress
-from exporters.fusions import fuse
-from exporters.graph import graph_size, save_graph
-from exporters.original import load_config, load_model, load_tokenizer
-from exporters.version import (
-    check_output,
-    environment,
-    source_of,
-    staged,
-    version_config,
-    write_json,
-    write_tokenizer,
-)
+from exporters.original import kind_of, read_config
+from exporters.seq2seq_version import write_seq2seq
+from exporters.version import Written, check_output, environment, source_of, staged, write_json
 from triton_backend.version_folder import digest, seal
 
 STEPS = ("check", "load", "trace", "fuse", "save", "certify", "seal")
-GRAPH = "model.onnx"
+WRITERS: dict[str, Callable[[ExportConfig, Checkpoint, Path, Callable[[str], None]], Written]] = {
+    "decoder": write_decoder,
+    "encoder_decoder": write_seq2seq,
+    "encoder": write_encoder,
+}
 
 
 def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> ExportedVersion:
     """Export ``config.checkpoint`` to ``config.out``; raises ExportError and then leaves nothing behind."""
     progress = Progress(emit, STEPS)
-    emit({"event": "started", "checkpoint": config.checkpoint, "out": str(config.out)})
+    emit({"event": "started", "checkpoint": config.checkpoint, "out": str(config.out), "name": config.name})
 
     progress.step("check")
     out = config.out.absolute()
     check_output(out, config.overwrite)
     checkpoint = open_checkpoint(config.checkpoint)
-    load_config(checkpoint)
+    kind = "encoder" if is_encoder(checkpoint) else kind_of(read_config(checkpoint))
+    _check_asked(config, kind)
 
     certificate: dict[str, Any] = {}
     with staged(out, config.overwrite) as folder:
-        shape, sizes = _write_model(config, checkpoint, folder, progress)
+        written = WRITERS[kind](config, checkpoint, folder, progress.step)
         progress.step("certify")
         if with_certificate:
-            certificate = certify(folder, checkpoint, shape.sliding_window, progress)
-            certificate["graph"] = sizes
+            certificate = certify(folder, checkpoint, written.sliding_window, progress, config.limits, config.eval_text)
+            certificate["graph"] = written.graph
             write_json(folder / "certificate.json", certificate)
         progress.step("seal")
-        seal(folder, source_of(checkpoint), environment())
+        seal(folder, {**source_of(checkpoint), "name": config.name}, environment())
 
     version = ExportedVersion(
         folder=out,
@@ -57,6 +57,8 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
         size_bytes=sum(path.stat().st_size for path in out.iterdir()),
         passed=certificate.get("passed"),
         certificate=certificate,
+        sizes=written.graph,
+        timings=progress.timings(),
     )
     emit(
         {
@@ -65,37 +67,23 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
             "digest": version.digest,
             "size_bytes": version.size_bytes,
             "passed": version.passed,
-            "graph": sizes,
+            "graph": version.sizes,
+            "timings": {name: asdict(usage) for name, usage in version.timings.items()},
             "certificate": certificate.get("summary", {}),
+            "checks": certificate.get("checks", []),
         }
     )
     return version
 
 
-def _write_model(
-    config: ExportConfig, checkpoint: Checkpoint, folder: Path, progress: Progress
-) -> tuple[DecoderShape, dict[str, Any]]:
-    """Everything of the version but its certificate and seal. The model is released on return.
-
-    Returns the decoder's shape and the sizes of the graph as it was traced and as it was written.
-    """
-    progress.step("load")
-    model = load_model(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-
-    progress.step("trace")
-    shape = measure(model)
-    num_top_logits = min(MAX_TOP_LOGITS, shape.vocab_size)
-    settings = version_config(config, checkpoint, model.config, shape, num_top_logits)
-    program = trace(model, shape.layers, num_top_logits)
-
-    progress.step("fuse")
-    traced = graph_size(program.model)
-    fuse(program.model, settings.engine.max_model_len)
-    sizes = {"traced": asdict(traced), "fused": asdict(graph_size(program.model))}
-
-    progress.step("save")
-    save_graph(program, folder / GRAPH)
-    settings.write(folder)
-    write_tokenizer(folder, tokenizer, checkpoint, shape.vocab_size)
-    return shape, sizes
+def _check_asked(config: ExportConfig, kind: str) -> None:
+    """Refuse what was asked of a kind of model that cannot have it."""
+    if config.lora_slots and kind != "decoder":
+        raise InvalidConfig(f"lora_slots has value {config.lora_slots}, but this is an {kind}; expected a decoder")
+    if config.calibration is not None and kind != "decoder":
+        raise InvalidConfig(f"calibration is given, but this is an {kind}; expected a decoder")
+    if config.max_source_len is not None and kind != "encoder_decoder":
+        raise InvalidConfig(
+            f"max_source_len has value {config.max_source_len}, but this {kind} reads no source; expected an "
+            "encoder-decoder: pass max_model_len"
+        )

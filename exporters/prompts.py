@@ -42,14 +42,21 @@ def make_prompts(
     max_model_len: int,
     max_num_batched_tokens: int,
     sliding_window: int | None,
+    max_source_len: int = 0,
+    pad_token_id: int | None = None,
 ) -> list[Prompt]:
-    """At least 16 prompts that, with their new tokens, fit into ``max_model_len``."""
+    """At least 16 prompts that, with their new tokens, fit into ``max_model_len``; into ``max_source_len``, which is
+    not shared with new tokens, if it is given.
+    """
     num_new = min(NUM_NEW_TOKENS, max(1, max_model_len // 2))
-    longest = min(max_model_len - num_new, LONGEST_PROMPT)
+    longest = min(max_source_len or max_model_len - num_new, LONGEST_PROMPT)
     generator = np.random.default_rng(0)
 
     def random_ids(length: int) -> list[int]:
-        return [int(token) for token in generator.integers(0, vocab_size, length)]
+        ids = generator.integers(0, vocab_size, length)
+        if max_source_len and pad_token_id is not None:  # an encoder reads padding as no token at all
+            ids[ids == pad_token_id] = (pad_token_id + 1) % vocab_size
+        return [int(token) for token in ids]
 
     all_texts = encode("\n\n".join(text for _, text in TEXTS)) or random_ids(1)
 

@@ -16,7 +16,9 @@ from transformers import PretrainedConfig
 
 
 def constant_frequency_limit(config: PretrainedConfig) -> int | None:
-    """Longest sequence, in tokens, for which all frequencies are constant; None if they always are."""
+    """Longest sequence, in tokens, for which all frequencies, and scales of queries, are constant; None if they always
+    are.
+    """
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     # Either one set of parameters, or one per kind of layer.
     sets = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
@@ -26,6 +28,9 @@ def constant_frequency_limit(config: PretrainedConfig) -> int | None:
             limits.append(int(rope.get("original_max_position_embeddings") or config.max_position_embeddings))
         elif "dynamic" in str(rope.get("rope_type")):
             limits.append(int(config.max_position_embeddings))
+    if getattr(config, "attn_temperature_tuning", False):
+        # Llama 4 scales queries further on by their place in the input, not by the positions that it is told.
+        limits.append(int(config.floor_scale) - 1)
     return min(limits, default=None)
 
 

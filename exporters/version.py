@@ -17,11 +17,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from exporters.checkpoint import Checkpoint
-from exporters.config import DEFAULT_MAX_MODEL_LEN, ExportConfig
+from exporters.config import CACHE_TYPES, DEFAULT_MAX_MODEL_LEN, ExportConfig
 from exporters.decoder import DecoderShape
 from exporters.errors import InvalidCheckpoint, InvalidConfig, OutputExists
 from exporters.rope import constant_frequency_limit
@@ -30,6 +31,15 @@ from triton_backend.version_folder import MANIFEST_JSON, sha256_of
 
 GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 MAX_NUM_BATCHED_TOKENS = 512
+GRAPH = "model.onnx"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a version's certificate is told: sizes of the graph (or of each), and the widest attention window."""
+
+    graph: Mapping[str, Any]
+    sliding_window: int | None = None
 
 
 @contextmanager
@@ -74,7 +84,7 @@ def version_config(
     export: ExportConfig, checkpoint: Checkpoint, model_config: Any, shape: DecoderShape, num_top_logits: int
 ) -> VersionConfig:
     """model.json of the version; raises InvalidConfig if the asked lengths do not suit the model."""
-    text_config = model_config.get_text_config()
+    text_config = model_config.get_text_config(decoder=True)
     max_position_embeddings, limit = _limits(checkpoint, text_config)
     if export.max_model_len is not None and export.max_model_len > limit:
         raise InvalidConfig(
@@ -93,6 +103,7 @@ def version_config(
         bos_token_id=_special_token("bos_token_id", checkpoint, text_config),
         pad_token_id=_special_token("pad_token_id", checkpoint, text_config),
         precision=export.precision,
+        cache_type=CACHE_TYPES[export.precision, export.device],
         generation_defaults={
             name: checkpoint.generation_config[name]
             for name in GENERATION_DEFAULTS
@@ -116,6 +127,8 @@ def _special_token(name: str, checkpoint: Checkpoint, text_config: Any) -> Any:
 def _limits(checkpoint: Checkpoint, text_config: Any) -> tuple[int, int]:
     """(max_position_embeddings, longest sequence that can be exported), both in tokens."""
     positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None and hasattr(text_config, "relative_attention_num_buckets"):
+        positions = DEFAULT_MAX_MODEL_LEN  # only distances count, and beyond some they are all the same
     if not isinstance(positions, int) or positions < 2:
         raise InvalidCheckpoint(
             f"{checkpoint.folder / 'config.json'} has max_position_embeddings {positions!r}; "

@@ -17,6 +17,9 @@ SHARED = {
     "exporters": {"config", "errors", "version_folder"},
     "control_plane": {"protocol", "sampling_params", "errors", "version_folder"},
 }
+# The model that a recipe trains and the exporter exports, and what it may need.
+MODELS = {"exporters": {"control_plane.training.recipes.seq2seq_transformer"}}
+MODEL_LIBRARIES = {"torch", "safetensors"}
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
     {"errors", "settings", "secrets", "extensions", "logs", "responses", "version_facts"},
@@ -66,10 +69,25 @@ def test_the_engine_imports_nothing_of_ours():
 @pytest.mark.parametrize("package", sorted(SHARED))
 def test_other_packages_import_only_the_engines_contract_modules(package):
     others = set(PACKAGES) - {package, "triton_backend"}
+    models = MODELS.get(package, set())
     for path in sources(package):
-        assert not {name for name in ours(path) if name.split(".")[0] in others}, path
+        foreign = {name for name in ours(path) if name.split(".")[0] in others}
+        assert not {name for name in foreign if not any(f"{name}.".startswith(f"{model}.") for model in models)}, path
         used = {name.split(".")[1] for name in ours(path) if name.startswith("triton_backend.")}
         assert used <= SHARED[package], f"{path} imports {sorted(used - SHARED[package])} of the engine"
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*MODELS.values())))
+def test_a_model_that_two_packages_run_needs_nothing_of_ours(name):
+    import sys
+
+    *parents, module = name.split(".")
+    names = imports_of(ROOT.joinpath(*parents, f"{module}.py"))
+    assert {n.split(".")[0] for n in names} <= {*sys.stdlib_module_names, *MODEL_LIBRARIES}
+    for depth in range(1, len(parents) + 1):
+        package = ROOT.joinpath(*parents[:depth], "__init__.py")
+        top_level = imports_of(package, at_top_level_only=True)
+        assert {n.split(".")[0] for n in top_level} <= {*sys.stdlib_module_names}, package
 
 
 @pytest.mark.parametrize("name", ENGINE_BOOKKEEPING)

@@ -22,21 +22,61 @@ MODEL_JSON = "model.json"
 FORMAT = 1
 
 
+KINDS = ("decoder", "encoder_decoder", "encoder")
+CACHE_TYPES = ("fp32", "fp16", "bf16")
+POOLINGS = ("mean", "cls", "last", "max")
+
+
 @dataclass(frozen=True)
 class LayerConfig:
-    """Shape of one layer's cache: keys and values are (rows, num_kv_heads, max_model_len, head_size)."""
+    """Shape of one layer's cache: keys and values are (rows, num_kv_heads, max_model_len, head_size).
+
+    For cross attention, whose keys and values the encoder computes once: (rows, num_kv_heads, max_source_len,
+    head_size).
+    """
 
     num_kv_heads: int
     head_size: int
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Facts about an exported decoder graph.
+class LoraTarget:
+    """One product of the graph that adapters may change: inputs ``lora.{name}.a`` (slots + 1, in_features, rank) and
+    ``lora.{name}.b`` (slots + 1, rank, out_features); slot 0 is zero, the adapter's scale is part of b.
 
-    ``num_top_logits`` is K of the graph's ``top_logits``/``top_ids`` outputs; ``precision`` is the type of weights and
-    cache (``fp32``, ``fp16``, ``bf16``). ``generation_defaults`` holds the sampling values of the checkpoint's
-    generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty), used where a request names none.
+    ``name`` is the module's path in the checkpoint, such as ``model.layers.0.self_attn.q_proj``. ``columns``, if given,
+    is the order in which the graph keeps the module's output features.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    columns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of a LoRA-ready graph, chosen per row by the input ``adapter_ids`` int64 (B); 0 is none."""
+
+    num_slots: int
+    rank: int
+    targets: tuple[LoraTarget, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts about an exported model.
+
+    ``kind``: ``decoder`` (one graph), ``encoder_decoder`` (``encoder_graph`` runs once per request and fills the cross
+    attention's keys and values, ``cross_layers``) or ``encoder`` (one graph that gives embeddings).
+    ``num_top_logits`` is K of the graph's ``top_logits``/``top_ids`` outputs. ``precision`` is what weights are kept
+    and multiplied in, ``cache_type`` the type of keys and values. ``generation_defaults`` holds the sampling values of
+    the checkpoint's generation_config.json (temperature, top_k, top_p, min_p, repetition_penalty), used where a request
+    names none. An encoder–decoder's decoder begins with ``decoder_start_token_id``, which is not part of the output,
+    then ``forced_bos_token_id`` if any, which is. ``forced_eos_token_id`` is the last token of an output that reaches
+    max_tokens. ``source_vocab_size`` is the encoder's, if it differs from the decoder's.
+    An encoder's embeddings have ``embedding_size`` numbers, made from token vectors by ``pooling`` and scaled to length
+    1 if ``normalize``; the graph does both.
     """
 
     architecture: str
@@ -51,11 +91,36 @@ class ModelConfig:
     precision: str = "fp32"
     graph: str = "model.onnx"
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "decoder"
+    cache_type: str = "fp32"
+    encoder_graph: str | None = None
+    cross_layers: tuple[LayerConfig, ...] = ()
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    source_vocab_size: int | None = None
+    lora: LoraConfig | None = None
+    pooling: str | None = None
+    normalize: bool = False
+    embedding_size: int = 0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "vocab_size", "max_position_embeddings", "num_top_logits")
+        _require_positive(self, "vocab_size", "max_position_embeddings")
+        if self.kind not in KINDS:
+            raise VersionFolderError(f"kind has value {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if self.cache_type not in CACHE_TYPES:
+            raise VersionFolderError(f"cache_type has value {self.cache_type!r}; expected {', '.join(CACHE_TYPES)}")
+        if self.kind == "encoder":
+            _require_positive(self, "embedding_size")
+            if self.pooling not in POOLINGS:
+                raise VersionFolderError(f"pooling has value {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+            return
+        _require_positive(self, "num_top_logits")
         if not self.layers:
             raise VersionFolderError("layers is empty; expected one entry per decoder layer")
+        for name in ("encoder_graph", "cross_layers", "decoder_start_token_id"):
+            if self.kind == "encoder_decoder" and getattr(self, name) in (None, "", ()):
+                raise VersionFolderError(f"{name} has value {getattr(self, name)!r}; an encoder_decoder model needs it")
 
 
 @dataclass(frozen=True)
@@ -68,6 +133,7 @@ class EngineConfig:
     max_queue_size          requests that may wait; one more is refused with UNAVAILABLE
     stream_interval         tokens that may share one streamed response
     num_threads             threads of ONNX Runtime; 0 = one per physical core
+    max_source_len          longest source text of an encoder–decoder, in tokens; 0 for other models
     """
 
     max_model_len: int
@@ -76,12 +142,14 @@ class EngineConfig:
     max_queue_size: int = 256
     stream_interval: int = 1
     num_threads: int = 0
+    max_source_len: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queue_size")
         _require_positive(self, "stream_interval")
-        if self.num_threads < 0:
-            raise VersionFolderError(f"num_threads has value {self.num_threads}; expected a whole number ≥ 0")
+        for name in ("num_threads", "max_source_len"):
+            if getattr(self, name) < 0:
+                raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected a whole number ≥ 0")
         # A step must always have room for one useful prefill chunk (≥ 2 tokens) beside all decoding rows.
         if self.max_num_batched_tokens < self.max_num_seqs + 2:
             raise VersionFolderError(
@@ -96,6 +164,10 @@ class VersionConfig:
 
     model: ModelConfig
     engine: EngineConfig
+
+    def __post_init__(self) -> None:
+        if self.model.kind == "encoder_decoder" and not self.engine.max_source_len:
+            raise VersionFolderError("max_source_len has value 0; an encoder_decoder needs at least 1")
 
     def write(self, folder: Path) -> None:
         document = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -114,13 +186,25 @@ class VersionConfig:
             raise VersionFolderError(f"{path} has format {found!r}; this engine reads format {FORMAT}")
         try:
             model = dict(document["model"])
-            model["layers"] = tuple(_from_mapping(LayerConfig, layer) for layer in model.get("layers", ()))
+            for layers in ("layers", "cross_layers"):
+                model[layers] = tuple(_from_mapping(LayerConfig, layer) for layer in model.get(layers, ()))
+            if model.get("lora"):
+                model["lora"] = _lora_from(model["lora"])
             model["eos_token_ids"] = tuple(model.get("eos_token_ids", ()))
             return cls(_from_mapping(ModelConfig, model), _from_mapping(EngineConfig, document["engine"]))
         except VersionFolderError as error:
             raise VersionFolderError(f"{path}: {error.args[0]}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise VersionFolderError(f"{path} is not a valid model.json: {error!r}") from error
+
+
+def _lora_from(values: Mapping[str, Any]) -> LoraConfig:
+    targets = tuple(
+        _from_mapping(LoraTarget, {**target, "columns": tuple(target.get("columns", ()))})
+        for target in values.get("targets", ())
+    )
+    lora: LoraConfig = _from_mapping(LoraConfig, {**values, "targets": targets})
+    return lora
 
 
 def _from_mapping(config_class: type, values: Mapping[str, Any]) -> Any:

@@ -81,34 +81,51 @@ class Engine:
 
     def submit(self, request: GenerateRequest, sink: ResponseSink) -> None:
         """Tokenize, check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
-        prompt_ids = request.input_ids if request.text is None else self._tokenizer.encode(request.text)
-        self._check(request, prompt_ids)
-        self._inbox.put(Submit(RequestState.create(request, prompt_ids, sink, time.monotonic())))
+        input_ids = request.input_ids if request.text is None else self._tokenizer.encode(request.text)
+        self._check(request, input_ids)
+        self._inbox.put(Submit(self._state_of(request, input_ids, sink)))
 
     def stop(self) -> None:
         """End the engine thread; requests that are still inside get an error."""
         self._inbox.put(Stop())
         self._thread.join()
 
-    def _check(self, request: GenerateRequest, prompt_ids: tuple[int, ...]) -> None:
-        limit, num_rows = self._config.engine.max_model_len, self._config.engine.max_num_seqs
-        if not prompt_ids:
+    def _state_of(self, request: GenerateRequest, input_ids: tuple[int, ...], sink: ResponseSink) -> RequestState:
+        """What the client sent is the decoder's prompt, or the encoder's source if there is an encoder."""
+        model, now_s = self._config.model, time.monotonic()
+        if model.kind != "encoder_decoder":
+            return RequestState.create(request, input_ids, sink, now_s)
+        assert model.decoder_start_token_id is not None
+        return RequestState.create(request, (model.decoder_start_token_id,), sink, now_s, source_ids=input_ids)
+
+    def _check(self, request: GenerateRequest, input_ids: tuple[int, ...]) -> None:
+        model, num_rows = self._config.model, self._config.engine.max_num_seqs
+        if not input_ids:
             raise InvalidRequest("the prompt is empty; expected at least one token of text_input or input_ids")
-        if len(prompt_ids) >= limit:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt_ids)} tokens, but the model's context is {limit} tokens and must hold at "
-                "least one new token; shorten the prompt"
-            )
+        self._check_length(len(input_ids))
         if request.params.n > num_rows:
             raise InvalidRequest(f"n has value {request.params.n}; this model runs at most {num_rows} sequences")
-        bad = next((i for i in prompt_ids if not 0 <= i < self._config.model.vocab_size), None)
+        vocab_size = model.source_vocab_size or model.vocab_size
+        bad = next((i for i in input_ids if not 0 <= i < vocab_size), None)
         if bad is not None:
+            raise InvalidRequest(f"input_ids has value {bad}; expected token ids from 0 to {vocab_size - 1}")
+        if request.health_probe and len(input_ids) > MAX_PROBE_TOKENS:
             raise InvalidRequest(
-                f"input_ids has value {bad}; expected token ids from 0 to {self._config.model.vocab_size - 1}"
+                f"health_probe has a prompt of {len(input_ids)} tokens; expected at most {MAX_PROBE_TOKENS}"
             )
-        if request.health_probe and len(prompt_ids) > MAX_PROBE_TOKENS:
+
+    def _check_length(self, num_tokens: int) -> None:
+        limit, source_limit = self._config.engine.max_model_len, self._config.engine.max_source_len
+        if self._config.model.kind == "encoder_decoder":
+            if num_tokens > source_limit:
+                raise InvalidRequest(
+                    f"the source text has {num_tokens} tokens, but the model reads at most {source_limit} tokens "
+                    "(max_source_len); shorten the text"
+                )
+        elif num_tokens >= limit:
             raise InvalidRequest(
-                f"health_probe has a prompt of {len(prompt_ids)} tokens; expected at most {MAX_PROBE_TOKENS}"
+                f"the prompt has {num_tokens} tokens, but the model's context is {limit} tokens and must hold at "
+                "least one new token; shorten the prompt"
             )
 
     # Engine thread ----------------------------------------------------------------------------------------------------
@@ -149,6 +166,8 @@ class Engine:
         for chunk in plan.prefills:
             lead = chunk.state.lead
             chunk.state.scheduled_s = chunk.state.scheduled_s or time.monotonic()
+            if chunk.state.source_ids:
+                self._runner.encode(lead.row, chunk.state.source_ids)
             ids = lead.prompt_ids[chunk.start : chunk.start + chunk.length]
             self._runner.prefill(lead.row, ids, chunk.start, chunk.is_last and self._sampler.needs_logits(lead))
             if chunk.is_last:
@@ -166,12 +185,14 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
             is_end_token = self._is_end_token(sequence)
-            if is_end_token:
-                sequence.finish_reason = FinishReason.STOP
-            elif (
+            is_last = (
                 len(sequence.output_ids) >= sequence.params.max_tokens
                 or sequence.num_tokens >= self._config.engine.max_model_len
-            ):
+            )
+            # An end that was forced because there is no room left is no end of the text.
+            if is_end_token and not (is_last and token.token_id == self._config.model.forced_eos_token_id):
+                sequence.finish_reason = FinishReason.STOP
+            elif is_last:
                 sequence.finish_reason = FinishReason.LENGTH
             self._outputs[sequence.state].append(sequence, is_end_token)
 
@@ -196,8 +217,8 @@ class Engine:
                 self._metrics.request_finished(state)
             if response is not None:
                 state.sink.send(response)
-        num_prompt_tokens = sum(chunk.state.num_prompt_tokens for chunk in plan.prefills if chunk.is_last)
-        self._metrics.count_tokens(num_prompt_tokens, len(sequences))
+        num_input_tokens = sum(chunk.state.num_input_tokens for chunk in plan.prefills if chunk.is_last)
+        self._metrics.count_tokens(num_input_tokens, len(sequences))
         self._update_load()
 
     def _receive(self) -> None:

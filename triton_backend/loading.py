@@ -48,9 +48,12 @@ def load_engine(
     config = VersionConfig.read(folder)
     runner = ModelRunner(folder, config)
     try:
+        if config.model.kind == "encoder_decoder":
+            runner.encode(0, [0])
         runner.prefill(0, [0], start=0, want_logits=True)
     except Exception as error:
-        raise VersionFolderError(f"{folder / config.model.graph} loads but does not run: {error}") from error
+        graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
+        raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
     runner.clear_row(0)
     engine = Engine(config, runner, Tokenizer(folder), metric_sink, digest)
     engine.start()

@@ -105,7 +105,7 @@ class EngineMetrics:
         record(TIME_TO_FIRST_TOKEN, state.first_token_s - state.arrived_s)
         record(E2E_LATENCY, state.last_token_s - state.arrived_s)
         record(QUEUE_TIME, state.scheduled_s - state.arrived_s)
-        record(REQUEST_PROMPT_TOKENS, state.num_prompt_tokens)
+        record(REQUEST_PROMPT_TOKENS, state.num_input_tokens)
         record(REQUEST_GENERATION_TOKENS, num_tokens)
         longest = max(len(sequence.output_ids) for sequence in state.sequences)
         if longest > 1:

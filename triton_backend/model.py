@@ -8,6 +8,7 @@ otherwise).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import threading
@@ -62,7 +63,11 @@ class TritonPythonModel:
             if tensor is not None:
                 tensors[spec.name] = tensor.as_numpy().reshape(-1).tolist()
         parameters = json.loads(request.parameters() or "{}")
-        return parse_request(request.request_id(), tensors, parameters, self._config.model.generation_defaults)
+        model = self._config.model
+        parsed = parse_request(request.request_id(), tensors, parameters, model.generation_defaults)
+        if model.kind == "encoder_decoder":  # a source text is not the beginning of its answer
+            parsed = dataclasses.replace(parsed, exclude_input_in_output=True)
+        return parsed
 
 
 class TritonSink:

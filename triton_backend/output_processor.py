@@ -103,7 +103,7 @@ class RequestOutput:
         return GenerateResponse(
             request_id=state.request.request_id,
             outputs=outputs,
-            num_input_tokens=state.num_prompt_tokens,
+            num_input_tokens=state.num_input_tokens,
             finished=state.is_finished,
             metrics=metrics if state.is_finished else {},
         )

@@ -6,6 +6,9 @@ Three paths, chosen by the request alone so that a request's tokens never depend
     candidates   0 < top_k ≤ K: temperature, top-k, top-p and min-p over the graph's K largest logits
     full         anything else: penalties, banned ends, log probabilities, or a distribution wider than K
 
+A model may force the first token (``forced_bos_token_id``: the target language) and the last one that ``max_tokens``
+allows (``forced_eos_token_id``); these take no path.
+
 The order is Hugging Face's: processors, temperature, top-k, top-p, min-p. A vocabulary is never sorted: what top-k
 and top-p need comes from ``topk`` with a width that grows until it covers the nucleus. A token is drawn by inverting
 the cumulative distribution at one number from the sequence's own generator. Owned by the engine thread.
@@ -37,6 +40,8 @@ class Sampler:
     def needs_logits(self, sequence: Sequence) -> bool:
         """Whether the next token of ``sequence`` cannot be chosen from the graph's K largest logits."""
         params = sequence.params
+        if self._forced_id(sequence) is not None:
+            return False
         is_narrow = params.is_greedy or 0 < params.top_k <= self._config.num_top_logits
         return (
             not is_narrow or needs_penalties(params) or params.logprobs is not None or bool(self._banned_ids(sequence))
@@ -45,12 +50,29 @@ class Sampler:
     def sample(self, sequences: Iterable[Sequence], outputs: Outputs) -> list[SampledToken]:
         """One token per sequence, in order; ``outputs`` rows are the sequences' cache rows."""
         sequences = list(sequences)
-        tokens: dict[Sequence, SampledToken] = {}
+        tokens = {s: self._forced(s, token_id) for s in sequences if (token_id := self._forced_id(s)) is not None}
         full = [s for s in sequences if self.needs_logits(s)]
-        narrow = [s for s in sequences if s not in set(full)]
+        narrow = [s for s in sequences if s not in tokens and s not in set(full)]
         tokens.update(self._sample_narrow(narrow, outputs))
         tokens.update(self._sample_full(full, outputs))
         return [tokens[sequence] for sequence in sequences]
+
+    def _forced_id(self, sequence: Sequence) -> int | None:
+        """The one token that may come next, if the model says so; Hugging Face's ForcedBOS and ForcedEOS processors."""
+        params, num_output = sequence.params, len(sequence.output_ids)
+        if (
+            num_output + 1 == params.max_tokens
+            and not params.ignore_eos
+            and self._config.forced_eos_token_id is not None
+        ):
+            return self._config.forced_eos_token_id
+        return self._config.forced_bos_token_id if num_output == 0 else None
+
+    def _forced(self, sequence: Sequence, token_id: int) -> SampledToken:
+        """A token that nothing else could have been: its log probability is 0."""
+        if sequence.params.logprobs is None:
+            return SampledToken(token_id)
+        return SampledToken(token_id, (TokenLogprob(token_id, 0.0, 1, self._tokenizer.token_text(token_id)),))
 
     def _sample_narrow(self, sequences: list[Sequence], outputs: Outputs) -> dict[Sequence, SampledToken]:
         top_ids = outputs.top_ids.numpy()

@@ -2,7 +2,9 @@
 
 First come, first served. Every step decodes all running sequences (one token each) and spends what is left of the
 token budget on prompts, in order of arrival, so that a long prompt is cut into chunks and cannot stall the streams.
-A request starts only when rows for all its n sequences are free; later ones do not overtake it, so it cannot starve.
+The source text of an encoder–decoder counts like a prompt but cannot be cut; one that is longer than the budget has a
+step's budget to itself. A request starts only when rows for all its n sequences are free; later ones do not overtake
+it, so it cannot starve.
 Standard library only, no tensors, no clock; owned by the engine thread.
 
     waiting ──admit──► prefilling ──last chunk──► running ──stop, length, error──► gone
@@ -21,7 +23,10 @@ from triton_backend.sequence import RequestState, Sequence, SequenceStatus
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """``length`` prompt tokens of ``state``'s leading sequence, from ``start`` on."""
+    """``length`` prompt tokens of ``state``'s leading sequence, from ``start`` on.
+
+    A request with a source text has one chunk: its source is encoded first, then the decoder's short prompt.
+    """
 
     state: RequestState
     start: int
@@ -150,14 +155,19 @@ class Scheduler:
         return (PrefillChunk(state, 0, state.num_prompt_tokens),)
 
     def _plan_prefills(self, budget: int) -> tuple[PrefillChunk, ...]:
-        chunks = []
+        chunks: list[PrefillChunk] = []
         for state in self._prefilling:
-            length = chunk_length(state.lead.num_prefill_tokens_left, budget)
+            left = state.lead.num_prefill_tokens_left
+            if state.source_ids:
+                fits = len(state.source_ids) + left <= budget
+                length = left if fits or not chunks else 0
+            else:
+                length = chunk_length(left, budget)
             if length == 0:
                 break
             chunks.append(PrefillChunk(state, state.lead.num_computed, length))
             state.lead.num_computed += length
-            budget -= length
+            budget -= len(state.source_ids) + length
         return tuple(chunks)
 
 

@@ -6,6 +6,8 @@ prompt, its own output tokens, and the cache row that holds their keys and value
     prompt_ids                      output_ids
     ├───────────────────────────────┼──────────────┤
     0        num_computed ──►       P             P+n     the last output token is not computed yet
+
+For an encoder–decoder what the client sent is ``source_ids``, and ``prompt_ids`` the decoder's own first token.
 """
 
 from __future__ import annotations
@@ -91,12 +93,16 @@ class Sequence:
 
 @dataclass(eq=False)
 class RequestState:
-    """One request inside the engine. Times are ``time.monotonic`` seconds; 0.0 until they happened."""
+    """One request inside the engine. Times are ``time.monotonic`` seconds; 0.0 until they happened.
+
+    ``source_ids`` are for the encoder, which reads them whole before the prompt is computed; empty for a model without.
+    """
 
     request: GenerateRequest
     sequences: tuple[Sequence, ...]
     sink: ResponseSink
     arrived_s: float
+    source_ids: tuple[int, ...] = ()
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -104,12 +110,17 @@ class RequestState:
 
     @classmethod
     def create(
-        cls, request: GenerateRequest, prompt_ids: tuple[int, ...], sink: ResponseSink, now_s: float
+        cls,
+        request: GenerateRequest,
+        prompt_ids: tuple[int, ...],
+        sink: ResponseSink,
+        now_s: float,
+        source_ids: tuple[int, ...] = (),
     ) -> RequestState:
         params = request.params
         sequences = tuple(Sequence(index, prompt_ids, params) for index in range(params.n))
         deadline_s = now_s + params.timeout_ms / 1000 if params.timeout_ms else float("inf")
-        state = cls(request, sequences, sink, arrived_s=now_s, deadline_s=deadline_s)
+        state = cls(request, sequences, sink, arrived_s=now_s, source_ids=source_ids, deadline_s=deadline_s)
         for sequence in sequences:
             sequence.state = state
         return state
@@ -122,6 +133,11 @@ class RequestState:
     @property
     def num_prompt_tokens(self) -> int:
         return self.lead.num_prompt_tokens
+
+    @property
+    def num_input_tokens(self) -> int:
+        """Length of what the client sent."""
+        return len(self.source_ids) or self.num_prompt_tokens
 
     @property
     def is_finished(self) -> bool:

@@ -53,6 +53,7 @@ class Screen:
                 task = progress.add_task(title, total=None)
 
                 def show(event: ChildEvent) -> None:
+                    self._print_previous(event)
                     if event.event in ("step", "progress"):
                         done, total = event.fields.get("done"), event.fields.get("total")
                         progress.update(task, description=f"{title}: {event.step}", completed=done, total=total)
@@ -61,5 +62,13 @@ class Screen:
         self.done(title, started_at)
 
     def _print_steps(self, event: ChildEvent) -> None:
-        if event.event == "step":
+        self._print_previous(event)
+        if event.event == "step" and "rss_bytes" not in event.fields:
             self.line(f"    {event.step}")
+
+    def _print_previous(self, event: ChildEvent) -> None:
+        """A child that measures its steps says of each, when the next begins, what it took."""
+        previous = event.fields.get("previous")
+        if event.event == "step" and previous:
+            mib = previous["peak_rss_bytes"] / (1 << 20)
+            self.line(f"    {previous['step']:<10} {previous['seconds']:6.1f} s   peak {mib:6,.0f} MiB")

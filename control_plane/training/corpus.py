@@ -57,7 +57,7 @@ class Document:
 def standard_library_documents(on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[Document]:
     """Every text once, topics first; ``on_progress(done, total)`` counts source files. Raises CorpusMissing."""
     library = Path(sysconfig.get_path("stdlib"))
-    sources = _source_files(library)
+    sources = source_files(library)
     documents = {text: Document(source, text) for source, text in _topics()}
     for done, path in enumerate(sources, 1):
         for docstring in _docstrings(path):
@@ -105,7 +105,7 @@ def _topics() -> Iterator[tuple[str, str]]:
         yield f"topics/{name}", normalise(topics[name])
 
 
-def _source_files(library: Path) -> list[Path]:
+def source_files(library: Path) -> list[Path]:
     paths = (path for path in library.rglob("*.py") if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts))
     return sorted(paths, key=lambda path: path.relative_to(library).as_posix())
 

@@ -3,6 +3,7 @@
     TrainingError        INTERNAL          our own fault
     ├── InvalidOption    INVALID_OPTION    a setting that cannot work
     ├── OutputExists     OUTPUT_EXISTS     the output folder is taken
+    ├── InvalidData      INVALID_DATA      a file of training data that cannot be read
     ├── CorpusMissing    CORPUS_MISSING    there is no text to train on
     ├── LossNotFinite    LOSS_NOT_FINITE   the NaN watchdog stopped the run
     └── TrainingCancelled CANCELLED        a signal asked us to stop
@@ -23,6 +24,10 @@ class InvalidOption(TrainingError):
 
 class OutputExists(TrainingError):
     code = "OUTPUT_EXISTS"
+
+
+class InvalidData(TrainingError):
+    code = "INVALID_DATA"
 
 
 class CorpusMissing(TrainingError):

@@ -36,3 +36,30 @@ from transformers import pipeline
 print(pipeline("text-generation", "path/to/this/folder")("The import statement")[0]["generated_text"])
 ```
 """
+
+
+def seq2seq_card(
+    *, num_parameters: int, vocab_size: int, data: str, num_pairs: int, num_steps: int, seed: int, exact_match: float
+) -> str:  # fmt: skip
+    return f"""\
+---
+library_name: llmos
+---
+# Encoder–decoder
+
+A Transformer of {num_parameters / 1e6:.1f} million parameters (`torch.nn.TransformerEncoder` and `TransformerDecoder`),
+trained from nothing to turn a source text into a target text.
+
+| | |
+|---|---|
+| pairs | {data}: {num_pairs:,} for training |
+| tokenizer | byte-level BPE, {vocab_size:,} tokens; `<|endoftext|>` ends a text and starts the decoder |
+| training | {num_steps:,} steps, seed {seed} |
+| held-out exact match | {exact_match:.1%} of targets, greedy |
+
+```python
+from control_plane.training.recipes.seq2seq_transformer import Seq2SeqTransformer
+
+model = Seq2SeqTransformer.load(folder)
+```
+"""

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from exporters.fusions.paths import Path, PathFinder, users_of
 from exporters.fusions.rewriting import (
+    PARTS,
     attribute,
     constant,
     initializer,
@@ -37,11 +38,12 @@ QKV = "qkv_proj"
 
 @dataclass(frozen=True)
 class Projection:
-    """``input`` (B, S, E) times ``weight`` (E, N) plus ``bias`` (N)."""
+    """``input`` (B, S, E) times ``weight`` (E, N) plus ``bias`` (N), as ``module`` computes it."""
 
     input: ir.Value
     weight: ir.Value
     bias: ir.Value | None
+    module: str
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class AngleTables:
 
 
 def _head_size(route: Route) -> int:
-    (node,) = users_of([route.path.target])
+    # Layers that share keys read the same target, and agree on its heads.
+    node = next(node for node in users_of([route.path.target]) if node.op_type == "GroupQueryAttention")
     return route.path.width // attribute(node, "kv_num_heads", 1)
 
 
@@ -210,9 +213,22 @@ def _pack(graph: ir.Graph, node: ir.Node, routes: list[Route]) -> ir.Value | Non
     assert source.shape is not None
     shape = ir.Shape([*source.shape[:2], weight.shape[1]])
     product = insert_before(node, "MatMul", [found[0].input, weight], like=source, shape=shape, module=name)
+    multiplication = product.producer()
+    assert multiplication is not None
+    multiplication.meta[PARTS] = _parts(found, columns)
     if bias is None:
         return product
     return insert_before(node, "Add", [product, bias], like=source, shape=shape, module=name)
+
+
+def _parts(projections: list[Projection], columns: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
+    """(module, its columns in their new order) of every module whose output features lie side by side."""
+    parts: list[tuple[str, np.ndarray]] = []
+    for projection, order in zip(projections, columns, strict=True):
+        if parts and parts[-1][0] == projection.module:
+            order = np.concatenate((parts.pop()[1], order))
+        parts.append((projection.module, order))
+    return parts
 
 
 def _packed(parts: list[ir.Value | None], columns: list[np.ndarray]) -> np.ndarray:
@@ -236,7 +252,7 @@ def _projection_of(value: ir.Value) -> Projection | None:
     if node is None or node.inputs[0] is None or _rank(node.inputs[1]) != 2 or constant(node.inputs[1]) is None:
         return None
     assert node.inputs[1] is not None
-    return Projection(node.inputs[0], node.inputs[1], bias)
+    return Projection(node.inputs[0], node.inputs[1], bias, module_of(node))
 
 
 def _rank(value: ir.Value | None) -> int | None:

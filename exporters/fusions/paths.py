@@ -20,6 +20,8 @@ import onnxruntime as ort
 
 MOVES = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat", "Gather", "Expand", "Identity"}
 MAX_ELEMENTS_PER_RUN = 1 << 22
+CONTRACT = ("input_ids", "attention_mask", "position_ids")
+"""Inputs of a graph whose sizes, or positions, a path may depend on."""
 
 
 class Path:
@@ -33,6 +35,8 @@ class Path:
         self.source_shape: tuple[int, ...] = tuple(int(dim) for dim in source.shape[2:])  # type: ignore[arg-type]
         self.source_width = math.prod(self.source_shape)
         self.width = int(target.shape[2])  # type: ignore[arg-type]
+        assert source.graph is not None
+        self._asked = {value.name for value in source.graph.inputs}
         self._session: ort.InferenceSession | None = None
 
     def run(self, features: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -50,8 +54,26 @@ class Path:
         num_tokens = len(positions)
         if self._session is None:
             self._session = self._open()
+        if "position_ids" in self._asked:
+            return self._call(features, positions)
+        # Without position_ids, as in an encoder, a token's place is its position.
+        found = np.empty((num_tokens, self.width), np.float32)
+        waiting = np.arange(num_tokens)
+        while len(waiting):
+            places, chosen = np.unique(positions[waiting], return_index=True)
+            tokens = waiting[chosen]
+            row = np.zeros((int(places[-1]) + 1, self.source_width), np.float32)
+            row[places] = features[tokens]
+            found[tokens] = self._call(row, np.arange(len(row)))[places]
+            waiting = np.delete(waiting, chosen)
+        return found
+
+    def _call(self, features: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        assert self._session is not None
+        num_tokens = len(positions)
         inputs = {
             "input_ids": np.zeros((1, num_tokens), np.int64),
+            "attention_mask": np.ones((1, num_tokens), np.int64),
             "position_ids": positions.astype(np.int64)[None],
             str(self.source.name): features.astype(np.float32).reshape(1, num_tokens, *self.source_shape),
         }
@@ -62,7 +84,7 @@ class Path:
     def _open(self) -> ort.InferenceSession:
         graph = self.source.graph
         assert graph is not None
-        contract = [value for value in graph.inputs if value.name in ("input_ids", "position_ids")]
+        contract = [value for value in graph.inputs if value.name in CONTRACT]
         part = ir.convenience.extract(graph, [*contract, self.source], [self.target])
         model = ir.Model(part, ir_version=10)
         options = ort.SessionOptions()
@@ -72,8 +94,8 @@ class Path:
 
 
 class PathFinder:
-    """Finds paths in one graph, which may lose nodes but gain none meanwhile. ``position_ids`` is its only free input:
-    a value that depends on no other input, but for their shapes, is a coefficient; all others are data.
+    """Finds paths in one graph, which may lose nodes but gain none meanwhile. A value that depends on no input but
+    ``position_ids`` and on the shapes of others is a coefficient; all others are data.
     """
 
     def __init__(self, graph: ir.Graph) -> None:

@@ -12,6 +12,9 @@ import onnx_ir as ir
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where the tracer notes a node's modules, outermost first, with the traced operation as the last entry."""
 
+PARTS = "llmos.parts"
+"""Key in ``meta`` of a product that was packed from several: see ``attention``."""
+
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that makes ``value`` if it is an ``op_type``."""
@@ -83,7 +86,7 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     while unique in graph.initializers:
         number += 1
         unique = f"{name}_{number}"
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=unique)
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=unique)
     value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

@@ -23,3 +23,15 @@ def test_key_is_printed_alone_and_a_wrong_role_is_refused(tmp_path: Path) -> Non
     assert created.stdout.startswith("llmos_") and len(created.stdout.splitlines()) == 1
     refused = llmos(tmp_path, "keys", "create", "laptop", "--role", "king")
     assert refused.returncode == 1 and "'king'" in refused.stderr
+
+
+def test_wrong_settings_of_an_export_are_one_line(tmp_path: Path) -> None:
+    result = llmos(tmp_path, "export", str(tmp_path), str(tmp_path / "out"), "--threshold", "kl=1")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and "threshold 'kl' is unknown" in result.stderr
+
+
+def test_a_folder_that_is_no_version_is_not_verified(tmp_path: Path) -> None:
+    result = llmos(tmp_path, "verify", str(tmp_path))
+    assert result.returncode == 1
+    assert "has no manifest.json" in result.stderr

@@ -71,10 +71,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "word_embed_proj_dim": 64,
         },
     ),
-    # Refused, each for its own reason.
-    "bloom": ("bloom", {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
-    "gptj": ("gptj", {**GPT2_SIZES, "rotary_dim": 16}),
-    "mixtral": ("mixtral", {**LLAMA_SIZES, "num_local_experts": 2}),
+    "mixtral": ("mixtral", {**LLAMA_SIZES, "num_local_experts": 4}),
     "mamba": ("mamba", {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2}),
 }
 

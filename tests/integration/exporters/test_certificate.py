@@ -13,16 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
-from exporters.certificate import _compare_tokens, _generate, certify
+import exporters.logits
+from exporters.certificate import certify
 from exporters.checkpoint import open_checkpoint
 from exporters.engine_process import EngineProcess
-from exporters.errors import EngineFailed, InvalidCheckpoint
+from exporters.errors import EngineFailed, InvalidCheckpoint, InvalidConfig
 from exporters.events import Progress
-from exporters.prompts import Prompt
+from exporters.logits import ExportedGraph, original_logits
+from exporters.reference_loop import export_graph
+from exporters.thresholds import thresholds_for
 from tests.integration.exporters.conftest import VOCAB_SIZE, make_model
-from triton_backend.version_folder import verify
+from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.version_folder import sha256_of, verify
 
 pytestmark = pytest.mark.integration
 
@@ -74,11 +80,25 @@ def test_program_exports_proves_and_seals_a_version(llama_checkpoint: Path, tmp_
     assert certificate["speed"]["decode_tokens_per_s"] > 0
     assert certificate["speed"]["prefill_tokens_per_s"] > 0
     assert certificate["memory"]["peak_rss_bytes"] > certificate["memory"]["size_bytes"]
+    assert certificate["memory"]["export_peak_rss_bytes"] > certificate["memory"]["size_bytes"]
+    assert list(certificate["steps"]) == ["check", "load", "trace", "fuse", "save", "certify"]
+    assert all(step["seconds"] >= 0 and step["peak_rss_bytes"] > 0 for step in certificate["steps"].values())
+
+
+def proof(folder: Path, checkpoint: Path, precision: str = "fp32", **changes: float) -> dict[str, Any]:
+    progress = Progress(lambda event: None, ("certify",))
+    limits = thresholds_for(precision, changes)
+    certificate = certify(folder, open_checkpoint(str(checkpoint)), None, progress, limits)
+    json.dumps(certificate, allow_nan=False)
+    return certificate
+
+
+def failed(certificate: dict[str, Any]) -> set[str]:
+    return {check["name"] for check in certificate["checks"] if not check["passed"]}
 
 
 def test_a_version_of_other_weights_does_not_pass(llama_version: Path, make_checkpoint: Callable[..., Path]) -> None:
-    other = open_checkpoint(str(make_checkpoint("llama", seed=1)))
-    certificate = certify(llama_version, other, None, Progress(lambda event: None, ("certify",)))
+    certificate = proof(llama_version, make_checkpoint("llama", seed=1))
     assert certificate["passed"] is False
     assert certificate["summary"]["num_mismatches"] > 0
     mismatch = next(result for result in certificate["tokens"] if result["result"] == "mismatch")
@@ -86,21 +106,78 @@ def test_a_version_of_other_weights_does_not_pass(llama_version: Path, make_chec
     assert abs(mismatch["logit_gap"]) >= certificate["thresholds"]["tie_logit_gap"]
 
 
-def test_tokens_of_nearly_equal_logits_are_a_tie_and_end_the_comparison() -> None:
-    model = make_model("llama")
-    prompt = Prompt("tie", (20, 30, 40), num_new_tokens=4)
-    expected = _generate(model, prompt)
-    twin = next(token for token in range(VOCAB_SIZE) if token not in expected)
-    model.lm_head.weight.data[twin] = model.lm_head.weight.data[expected[1]] * (1 - 1e-5)
-    assert _generate(model, prompt) == expected
+def with_noise(version: Path, folder: Path, scale: float) -> Path:
+    """A copy of ``version`` with every matrix changed by ``scale`` of itself, as rounding would."""
+    shutil.copytree(version, folder)
+    model = onnx.load(folder / "model.onnx")
+    generator = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.ndim == 2:
+            noisy = values * (1 + scale * generator.standard_normal(values.shape))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(noisy.astype(np.float32), tensor.name))
+    (folder / "model.onnx.data").unlink()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    return folder
 
-    tie = _compare_tokens(model, prompt, (expected[0], twin, 5, 5))
-    assert (tie.result, tie.num_equal, tie.position, tie.found) == ("tie", 1, 1, twin)
-    assert tie.logit_gap == pytest.approx(0, abs=1e-3)
-    mismatch = _compare_tokens(model, prompt, (expected[0], expected[1], (expected[2] + 1) % 100, 5))
-    assert (mismatch.result, mismatch.position) == ("mismatch", 2)
-    assert _compare_tokens(model, prompt, expected[:3]).result == "mismatch"
-    assert _compare_tokens(model, prompt, expected).result == "equal"
+
+def test_lower_precision_passes_or_fails_by_thresholds_on_text(
+    llama_version: Path, llama_checkpoint: Path, tmp_path: Path
+) -> None:
+    rounded = proof(with_noise(llama_version, tmp_path / "good", 1e-4), llama_checkpoint, "int8")
+    assert rounded["passed"] is True
+    assert 0 < rounded["summary"]["kl_mean"] < rounded["summary"]["kl_p99"]
+    assert rounded["summary"]["perplexity_ratio"] == pytest.approx(1, abs=0.01)
+    assert rounded["summary"]["perplexity_ratio"] != 1
+
+    broken = proof(with_noise(llama_version, tmp_path / "bad", 0.5), llama_checkpoint, "int8")
+    assert broken["passed"] is False
+    assert {"min_agreement", "min_text_agreement", "max_kl_mean", "max_kl_p99"} <= failed(broken)
+    assert set(broken["summary"]["failed"]) == failed(broken)
+    assert broken["agreement"] < broken["thresholds"]["min_agreement"]
+
+
+def test_thresholds_decide_and_are_recorded(llama_version: Path, llama_checkpoint: Path) -> None:
+    certificate = proof(llama_version, llama_checkpoint, max_kl_mean=0)
+    assert failed(certificate) == {"max_kl_mean"}
+    assert certificate["passed"] is False
+    assert certificate["thresholds"]["max_kl_mean"] == 0
+    assert certificate["generate"] == {"num_prompts": 2, "num_new_tokens": 24, "num_equal": 2}
+    assert certificate["text"]["max_difference_to_shipped_graph"] == 0
+    for result in certificate["tokens"]:
+        assert len(result["prompt_ids"]) == result["num_prompt_tokens"]
+        assert result["top"][0][0] == result["token_ids"][0]
+    assert certificate["logits"]["num_positions"] > 500
+
+
+def test_an_evaluation_text_of_one_s_own_is_used(llama_version: Path, llama_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Alle Menschen sind frei und gleich geboren. " * 3)
+    progress = Progress(lambda event: None, ("certify",))
+    certificate = certify(llama_version, open_checkpoint(str(llama_checkpoint)), None, progress, eval_text=text)
+    assert certificate["text"]["sha256"] == sha256_of(text)
+    assert certificate["text"]["num_tokens"] < 200
+    text.write_text(" ")
+    with pytest.raises(InvalidConfig, match="is empty"):
+        certify(llama_version, open_checkpoint(str(llama_checkpoint)), None, progress, eval_text=text)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_logits_of_every_position_are_those_of_the_shipped_graph(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(name)
+    export_graph(model, tmp_path)
+    sizes = ModelConfig(name, name, VOCAB_SIZE, 256, (LayerConfig(1, 16),), 64)
+    config = VersionConfig(sizes, EngineConfig(64))
+    monkeypatch.setattr(exporters.logits, "CHUNK_LOGITS_BYTES", 4 * VOCAB_SIZE * 13)
+    ids = list(range(5, 45))
+    chunks = list(ExportedGraph(tmp_path, config, all_positions=True).chunks(ids))
+    assert [len(chunk) for chunk in chunks] == [13, 13, 14], "no chunk of one token"
+    every = np.concatenate(chunks)
+    assert np.array_equal(every[[0, 20, 39]], ExportedGraph(tmp_path, config).at(ids, [0, 20, 39]))
+    np.testing.assert_allclose(every, original_logits(model, ids).numpy(), atol=1e-4)
+    assert original_logits(model, ids, keep=3).shape == (3, VOCAB_SIZE)
 
 
 def test_an_engine_that_cannot_load_the_version_is_reported_with_its_words(llama_version: Path, tmp_path: Path) -> None:
@@ -110,6 +187,17 @@ def test_an_engine_that_cannot_load_the_version_is_reported_with_its_words(llama
     with EngineProcess(broken) as engine, pytest.raises(EngineFailed, match=r"model\.json"):
         engine.submit("1", [5], 1)
         engine.receive()
+
+
+def test_a_version_for_another_device_says_where_to_prove_it(
+    llama_version: Path, llama_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_version, tmp_path / "version"))
+    document = json.loads((folder / "model.json").read_text())
+    document["model"] |= {"precision": "bf16", "cache_type": "bf16"}
+    (folder / "model.json").write_text(json.dumps(document))
+    with pytest.raises(EngineFailed, match=r"'bf16'.*export with --no-certify where there is none.*llmos verify"):
+        proof(folder, llama_checkpoint, "bf16")
 
 
 def test_a_request_the_engine_refuses_is_reported(llama_version: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,12 @@ import onnx
 import pytest
 import torch
 
-from exporters.checkpoint import open_checkpoint
 from exporters.decoder import measure
 from exporters.errors import UnsupportedArchitecture
+from exporters.masks import Pattern, classify
 from exporters.norms import fused_norms
-from exporters.original import load_model
+from exporters.reference_loop import GraphLoop, export_graph, generate
 from tests.integration.exporters.conftest import VOCAB_SIZE, make_model
-from tests.integration.exporters.graph_loop import GraphLoop, export_graph, generate
 
 pytestmark = pytest.mark.integration
 
@@ -101,32 +101,55 @@ def test_logits_are_those_of_the_asked_position_of_each_row(llama: tuple[Any, Pa
     np.testing.assert_array_equal(np.take_along_axis(result["logits"], result["top_ids"], -1), result["top_logits"])
 
 
-def test_a_window_kept_by_the_mask_alone_is_refused() -> None:
-    model = make_model("mistral_window", num_hidden_layers=2)
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(UnsupportedArchitecture, match="layer 1 of MistralForCausalLM is of type 'chunked_attention'"):
-        measure(model)
-
-
-def test_a_head_size_the_operator_cannot_take_is_refused() -> None:
-    with pytest.raises(UnsupportedArchitecture, match="head size 12; GroupQueryAttention expects a multiple of 8"):
-        measure(make_model("llama", head_dim=12))
+def test_heads_of_a_size_that_the_operator_cannot_take_are_filled_up(tmp_path: Path) -> None:
+    model = make_model("llama", head_dim=12, num_hidden_layers=1)
+    assert measure(model).layers[0].head_size == 16
+    prompt = list(range(30, 48))
+    loop = GraphLoop(export_graph(model, tmp_path), num_rows=1, max_len=48)
+    assert loop.greedy([prompt], [(10, 8)], NUM_NEW_TOKENS) == [generate(model, prompt, NUM_NEW_TOKENS)]
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("seen", "pattern"),
     [
-        ("bloom", "BloomForCausalLM .*position_ids"),
-        ("gptj", "GPTJForCausalLM does not use transformers' attention interface"),
-        ("mixtral", "MixtralForCausalLM is a mixture of experts"),
-        ("mamba", "MambaForCausalLM"),
+        (lambda q, k: k <= q, Pattern()),
+        (lambda q, k: (k <= q) & (k > q - 24), Pattern(window=24)),
+        (lambda q, k: (k <= q) & (k // 24 == q // 24), Pattern(chunk=24)),
+        (lambda q, k: (k <= q) & (k > q - 4000), Pattern()),
     ],
 )
-def test_an_architecture_outside_the_method_is_refused_by_name(
-    name: str, reason: str, make_checkpoint: Callable[..., Path]
-) -> None:
-    with pytest.raises(UnsupportedArchitecture, match=reason):
-        measure(load_model(open_checkpoint(str(make_checkpoint(name)))))
+def test_masks_are_known_by_what_they_show(seen: Callable[..., torch.Tensor], pattern: Pattern) -> None:
+    assert classify(lambda row, head, q, k: seen(q, k), 1000, "layer") == pattern
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [lambda q, k: k <= q + 1, lambda q, k: (k <= q) & (k % 2 == 0), lambda q, k: (k <= q) & (k > q - 9 - q // 99)],
+)
+def test_a_mask_of_no_known_pattern_is_refused(seen: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="neither causal nor a window nor in chunks"):
+        classify(lambda row, head, q, k: seen(q, k), 1000, "layer")
+
+
+def test_a_model_whose_tokens_meet_outside_of_attention_is_refused() -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, result: result.cumsum(1))
+    with pytest.raises(UnsupportedArchitecture, match="LlamaForCausalLM lets tokens see each other"):
+        measure(model)
+
+
+def test_a_model_that_does_more_than_the_attention_node_is_refused() -> None:
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    measure(model)
+    modeling = importlib.import_module(type(model).__module__)
+    original = modeling.eager_attention_forward
+    try:
+        modeling.eager_attention_forward = lambda *args, **kwargs: (original(*args, **kwargs)[0] * 1.5, None)
+        with pytest.raises(UnsupportedArchitecture, match="does more in its attention"):
+            measure(model)
+    finally:
+        modeling.eager_attention_forward = original
 
 
 def test_only_modules_that_compute_an_rms_norm_are_fused() -> None:

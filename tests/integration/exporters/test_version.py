@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-import exporters.pipeline
+import exporters.decoder_version
 from exporters import ExportConfig, export
 from exporters.errors import ExportCancelled, ExportError, InvalidCheckpoint, InvalidConfig, OutputExists
 from exporters.version import staged
@@ -99,8 +99,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds and is tested elsewhere: tracing and saving the graph."""
     empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 20}), ir_version=10)
-    monkeypatch.setattr(exporters.pipeline, "trace", lambda *args: SimpleNamespace(model=empty))
-    monkeypatch.setattr(exporters.pipeline, "save_graph", lambda program, path: path.write_bytes(b"graph"))
+    monkeypatch.setattr(exporters.decoder_version, "trace", lambda *args: SimpleNamespace(model=empty))
+    monkeypatch.setattr(exporters.decoder_version, "save_graph", lambda program, path: path.write_bytes(b"graph"))
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, ExportCancelled])
@@ -111,7 +111,7 @@ def test_a_failure_leaves_nothing_behind(
         assert len(list(tmp_path.iterdir())) == 1, "staging lies beside the output"
         raise failure
 
-    monkeypatch.setattr(exporters.pipeline, "trace", fail)
+    monkeypatch.setattr(exporters.decoder_version, "trace", fail)
     with pytest.raises(failure):
         export(ExportConfig(str(llama_checkpoint), tmp_path / "out"), certify=False)
     assert list(tmp_path.iterdir()) == []

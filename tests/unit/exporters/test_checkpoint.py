@@ -189,3 +189,13 @@ def test_the_hub_cache_may_link_to_its_own_blobs(folder: Path, tmp_path: Path) -
         os.replace(path, blobs / path.name)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     assert open_checkpoint(str(snapshot)).model_type == "llama"
+
+
+def test_a_hard_link_is_fine(folder: Path, tmp_path: Path) -> None:
+    os.link(folder / "model.safetensors", tmp_path / "second-name")
+    assert open_checkpoint(str(folder)).files
+
+
+def test_headers_tell_the_shapes(sharded: Path) -> None:
+    shapes = open_checkpoint(str(sharded)).tensor_shapes()
+    assert shapes == {"a": ((1,), sharded / "model-1.safetensors"), "b": ((1,), sharded / "model-2.safetensors")}

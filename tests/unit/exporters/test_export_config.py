@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
     [
         ({"max_model_len": 1}, "max_model_len has value 1; expected a whole number ≥ 2"),
         ({"max_num_seqs": 0}, "max_num_seqs has value 0; expected a whole number ≥ 1"),
-        ({"precision": "int3"}, "precision has value 'int3'; expected one of fp32"),
+        ({"precision": "int3"}, "precision has value 'int3'; expected one of fp32, fp16, bf16, int8, int4"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_allowed(settings: dict[str, Any], message: str) -> None:

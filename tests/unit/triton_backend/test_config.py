@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from triton_backend import version_folder
-from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.config import EngineConfig, LayerConfig, LoraConfig, LoraTarget, ModelConfig, VersionConfig
 from triton_backend.errors import VersionFolderError
 
 pytestmark = pytest.mark.unit
@@ -19,10 +20,39 @@ CONFIG = VersionConfig(
     EngineConfig(max_model_len=64),
 )
 
+SEQ2SEQ = VersionConfig(
+    dataclasses.replace(
+        CONFIG.model,
+        kind="encoder_decoder",
+        encoder_graph="encoder.onnx",
+        cross_layers=(LayerConfig(2, 16),),
+        decoder_start_token_id=0,
+        forced_bos_token_id=7,
+        forced_eos_token_id=1,
+        source_vocab_size=90,
+        lora=LoraConfig(2, 4, (LoraTarget("layers.0.q_proj", 32, 32, (1, 0)),)),
+    ),
+    EngineConfig(max_model_len=64, max_source_len=32),
+)
+
 
 def test_model_json_round_trips(tmp_path):
     CONFIG.write(tmp_path)
     assert VersionConfig.read(tmp_path) == CONFIG
+
+
+def test_model_json_of_an_encoder_decoder_with_adapters_round_trips(tmp_path):
+    SEQ2SEQ.write(tmp_path)
+    assert VersionConfig.read(tmp_path) == SEQ2SEQ
+
+
+def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
+    SEQ2SEQ.write(tmp_path)
+    document = json.loads((tmp_path / "model.json").read_text())
+    document["engine"]["max_source_len"] = 0
+    (tmp_path / "model.json").write_text(json.dumps(document))
+    with pytest.raises(VersionFolderError, match=r"model\.json: max_source_len has value 0; an encoder_decoder needs"):
+        VersionConfig.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +64,8 @@ def test_model_json_round_trips(tmp_path):
         ("engine", "max_num_batched_tokens", 33, "expected at least max_num_seqs + 2 = 34"),
         ("engine", "num_threads", -1, "num_threads has value -1"),
         ("model", "layers", [], "layers is empty"),
+        ("model", "kind", "decoder-only", "kind has value 'decoder-only'; expected one of decoder, encoder_decoder"),
+        ("model", "kind", "encoder_decoder", "encoder_graph has value None; an encoder_decoder model needs it"),
         ("model", "vocabulary", 1, "unknown ModelConfig key 'vocabulary'"),
     ],
 )

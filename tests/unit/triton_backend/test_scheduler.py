@@ -19,9 +19,15 @@ def config(max_num_seqs=4, max_num_batched_tokens=8, max_queue_size=3):
     return EngineConfig(1024, max_num_seqs, max_num_batched_tokens, max_queue_size)
 
 
-def request(num_prompt_tokens=3, n=1, probe=False) -> RequestState:
+def request(num_prompt_tokens=3, n=1, probe=False, num_source_tokens=0) -> RequestState:
     generate = GenerateRequest("r", SamplingParams(n=n), health_probe=probe)
-    return RequestState.create(generate, tuple(range(num_prompt_tokens)), sink=None, now_s=0.0)
+    source_ids = tuple(range(num_source_tokens))
+    return RequestState.create(generate, tuple(range(num_prompt_tokens)), sink=None, now_s=0.0, source_ids=source_ids)
+
+
+def source(num_source_tokens: int, n=1) -> RequestState:
+    """A request to an encoder–decoder: the decoder's own prompt is one token."""
+    return request(1, n, num_source_tokens=num_source_tokens)
 
 
 def run(scheduler: Scheduler, plan):
@@ -117,6 +123,34 @@ def test_a_probe_runs_at_once_in_its_own_row_while_everything_is_full():
     scheduler.check_integrity()
 
 
+def test_sources_share_a_step_only_as_far_as_its_budget_goes():
+    scheduler = Scheduler(config())
+    states = [source(num_source_tokens) for num_source_tokens in (3, 3, 1)]
+    for state in states:
+        scheduler.add(state)
+    plan = scheduler.schedule()
+    assert [(chunk.state, chunk.start, chunk.length) for chunk in plan.prefills] == [
+        (states[0], 0, 1),
+        (states[1], 0, 1),
+    ]
+    run(scheduler, plan)
+    assert [chunk.state for chunk in scheduler.schedule().prefills] == [states[2]]
+
+
+def test_a_source_longer_than_the_budget_is_encoded_whole_in_a_step_that_encodes_nothing_else():
+    scheduler = Scheduler(config())
+    before, long, after = source(2), source(100), source(2)
+    for state in (before, long, after):
+        scheduler.add(state)
+    encoded = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        encoded.append([chunk.state for chunk in plan.prefills])
+        run(scheduler, plan)
+    assert encoded == [[before], [long], [after]]
+    assert len(plan.decodes) == 2, "running streams go on beside it"
+
+
 @given(num_left=st.integers(1, 5000), budget=st.integers(0, 5000))
 def test_no_chunk_has_length_one_unless_the_prompt_does(num_left, budget):
     length = chunk_length(num_left, budget)
@@ -131,6 +165,7 @@ def test_no_chunk_has_length_one_unless_the_prompt_does(num_left, budget):
     events=st.lists(
         st.one_of(
             st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 4)),
+            st.tuples(st.just("source"), st.integers(1, 40), st.integers(1, 4)),
             st.tuples(st.just("finish"), st.integers(0, 9), st.integers(0, 3)),
             st.tuples(st.just("cancel"), st.integers(0, 9)),
             st.tuples(st.just("step")),
@@ -145,10 +180,16 @@ def test_any_schedule_keeps_rows_and_requests_whole(events):
         if name == "add" and not scheduler.is_full:
             alive.append(request(*args))
             scheduler.add(alive[-1])
+        elif name == "source" and not scheduler.is_full:
+            alive.append(source(*args))
+            scheduler.add(alive[-1])
         elif name == "step":
             plan = scheduler.schedule()
+            encoded = sum(len(chunk.state.source_ids) for chunk in plan.prefills)
             computed = sum(chunk.length for chunk in plan.prefills) + len(plan.decodes)
             assert computed <= 8
+            assert computed + encoded <= 8 or (encoded and len(plan.prefills) == 1)
+            assert all(chunk.is_last for chunk in plan.prefills if chunk.state.source_ids)
             assert computed > 0 or not alive
             assert [sequence.row for sequence in plan.decodes] == [
                 row for row in (sequence.row for sequence in plan.decodes) if 0 <= row < 4

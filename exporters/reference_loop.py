@@ -6,7 +6,7 @@ when they decode, and a prompt is prefilled over its own row's view, in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,32 @@ def generate(model: Any, prompt: Sequence[int], num_new: int) -> list[int]:
 
 
 class GraphLoop:
-    """Runs ``model.onnx`` over ``num_rows`` cache rows of ``max_len`` tokens."""
+    """Runs ``model.onnx`` over ``num_rows`` cache rows of ``max_len`` tokens.
 
-    def __init__(self, path: Path, num_rows: int, max_len: int) -> None:
+    ``extra_inputs`` are bound as they are; those in ``extra_row_inputs`` have one entry per cache row.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        num_rows: int,
+        max_len: int,
+        *,
+        extra_inputs: Mapping[str, np.ndarray] | None = None,
+        extra_row_inputs: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past_key_values.")}
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self.caches = {
-            name: np.zeros((num_rows, shape[1], max_len, shape[3]), np.float32) for name, shape in shapes.items()
+            value.name: np.zeros((num_rows, value.shape[1], max_len, value.shape[3]), types[value.type])
+            for value in self.session.get_inputs()
+            if value.name.startswith("past_key_values.")
         }
         self.max_len = max_len
+        self.extra_inputs = dict(extra_inputs or {})
+        self.extra_row_inputs = dict(extra_row_inputs or {})
 
     def run(
         self, first_row: int, ids: np.ndarray, lengths: Sequence[int], logits_index: Sequence[int] | None = None
@@ -74,20 +89,27 @@ class GraphLoop:
             "seqlens_k": (past + num_tokens - 1).astype(np.int32),
             "total_sequence_length": np.array(past.max() + num_tokens, np.int32),
             "logits_index": np.array(logits_index or [num_tokens - 1] * num_rows, np.int64),
+            **self.row_inputs(slice(first_row, first_row + num_rows)),
+            **self.extra_inputs,
+            **{name: rows[first_row : first_row + num_rows] for name, rows in self.extra_row_inputs.items()},
         }
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         for name, cache in self.caches.items():
             rows = cache[first_row : first_row + num_rows]
-            binding.bind_input(name, "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            binding.bind_input(name, "cpu", 0, cache.dtype, rows.shape, rows.ctypes.data)
             present = name.replace("past_key_values", "present")
-            binding.bind_output(present, "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+            binding.bind_output(present, "cpu", 0, cache.dtype, rows.shape, rows.ctypes.data)
         names = ("logits", "top_logits", "top_ids")
         for name in names:
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
         by_name = dict(zip(self._output_names(), binding.get_outputs(), strict=True))
         return {name: by_name[name].numpy() for name in names}
+
+    def row_inputs(self, rows: slice) -> dict[str, np.ndarray]:
+        """Inputs of ``rows`` that stay the same from step to step; a decoder has none."""
+        return {}
 
     def _output_names(self) -> list[str]:
         presents = [name.replace("past_key_values", "present") for name in self.caches]

@@ -1,0 +1,104 @@
+"""The engines that are measured, as a table; each kind is one module that prepares a checkpoint and loads it.
+
+A module has two functions and runs in its engine's own environment and process:
+
+    prepare(checkpoint, out, precision)                         checkpoint → this engine's files in ``out``
+    load(checkpoint, folder, precision, limits) → generate      ``folder`` is what prepare wrote
+    generate(prompts, num_new) → Generation                     greedy, all prompts at once
+
+``prepare`` and ``load`` raise Unavailable where an engine cannot do what is asked, and the table says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class Unavailable(Exception):
+    """This engine cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One row of the table.
+
+    ``precision`` is what weights are kept in (fp32, int8, int4): engines are compared within one precision. ``peer``:
+    runs in .venv-bench, not in .venv. ``packages``: whose versions a result names, the first being the engine itself.
+    ``sources``: files that decide what ``prepare`` writes, besides the module and the packages' versions.
+    """
+
+    label: str
+    precision: str
+    module: str
+    packages: tuple[str, ...]
+    peer: bool = True
+    sources: tuple[str, ...] = ()
+
+
+_LLMOS = ("exporters/**/*.py", "triton_backend/*.py")
+_LLMOS_PACKAGES = ("llmos", "onnxruntime-gpu", "torch", "transformers")
+
+ENGINES: dict[str, EngineSpec] = {
+    "llmos-fp32": EngineSpec("llmos", "fp32", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
+    "llmos-int8": EngineSpec("llmos", "int8", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
+    "llmos-int4": EngineSpec("llmos", "int4", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
+    "transformers-sdpa": EngineSpec("transformers sdpa", "fp32", "torch_sdpa", ("transformers", "torch")),
+    "transformers-eager": EngineSpec("transformers eager", "fp32", "torch_eager", ("transformers", "torch")),
+    "ctranslate2-fp32": EngineSpec("CTranslate2", "fp32", "ct2", ("ctranslate2",)),
+    "ctranslate2-int8": EngineSpec("CTranslate2", "int8", "ct2", ("ctranslate2",)),
+    "genai-fp32": EngineSpec("onnxruntime-genai", "fp32", "genai", ("onnxruntime-genai", "onnxruntime")),
+    "genai-int4": EngineSpec("onnxruntime-genai", "int4", "genai", ("onnxruntime-genai", "onnxruntime")),
+    "llama.cpp-f32": EngineSpec("llama.cpp f32", "fp32", "llama_cpp_python", ("llama-cpp-python", "gguf")),
+    "llama.cpp-q8_0": EngineSpec("llama.cpp q8_0", "int8", "llama_cpp_python", ("llama-cpp-python", "gguf")),
+    "llama.cpp-q4_0": EngineSpec("llama.cpp q4_0", "int4", "llama_cpp_python", ("llama-cpp-python", "gguf")),
+}
+OURS = "llmos"
+"""The label that the others' ratios refer to."""
+REFERENCE = "transformers-sdpa"
+"""The original, whose module also has a function ``judge``: what it thinks of the others' tokens."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine is loaded for: threads of its pool, most rows at once, most tokens of a row."""
+
+    num_threads: int
+    max_rows: int
+    max_tokens: int
+
+
+@dataclass
+class Generation:
+    """Tokens of each row, and when they were known.
+
+    ``marks_s[0]`` is the start, ``marks_s[k]`` the time at which the k-th token of all rows was known: ``marks_s[1] −
+    marks_s[0]`` is the prefill, and every later difference is one decode step.
+    """
+
+    tokens: list[list[int]]
+    marks_s: list[float] = field(default_factory=list)
+
+
+Prompts = Sequence[Sequence[int]]
+Generate = Callable[[Prompts, int], Generation]
+Load = Callable[[Path, Path, str, Limits], Generate]
+
+
+def stepwise(prefill: Callable[[Prompts], list[int]], step: Callable[[list[int]], list[int]]) -> Generate:
+    """The ``generate`` of an engine that is driven step by step: both functions return one token per row."""
+
+    def generate(prompts: Prompts, num_new: int) -> Generation:
+        marks = [time.perf_counter()]
+        newest = prefill(prompts)
+        marks.append(time.perf_counter())
+        steps = [newest]
+        while len(steps) < num_new:
+            newest = step(newest)
+            marks.append(time.perf_counter())
+            steps.append(newest)
+        return Generation([list(row) for row in zip(*steps, strict=True)], marks)
+
+    return generate

@@ -1,0 +1,65 @@
+"""llmos itself: ``python -m exporters``, then the engine's own ModelRunner on the version folder.
+
+The runner is what the engine drives in Triton; scheduling, sampling and text are not part of a step here, as they are
+not in the peers. Greedy tokens are the first of the graph's own ``top_ids``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.engines import Generate, Limits, Prompts, Unavailable, stepwise
+
+MAX_MODEL_LEN = 768
+REJECTED = 3
+"""Exit code of an export that is complete, but whose certificate failed."""
+
+
+def export_command(checkpoint: Path, out: Path, precision: str) -> list[str]:
+    options = ["--precision", precision, "--max-model-len", str(MAX_MODEL_LEN), "--overwrite"]
+    return [sys.executable, "-m", "exporters", str(checkpoint), str(out), *options]
+
+
+def prepare(checkpoint: Path, out: Path, precision: str) -> None:
+    out.rmdir()
+    done = subprocess.run(export_command(checkpoint, out, precision), stdout=subprocess.PIPE, text=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    if done.returncode not in (0, REJECTED):
+        last = events[-1] if events else {}
+        raise Unavailable(f"export refused: {last.get('message', f'exit code {done.returncode}')}")
+
+
+def load(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Generate:
+    from triton_backend.config import VersionConfig
+    from triton_backend.errors import VersionFolderError
+    from triton_backend.model_runner import DecodeToken, ModelRunner
+
+    try:
+        config = VersionConfig.read(folder)
+        engine = replace(config.engine, num_threads=limits.num_threads, max_num_seqs=limits.max_rows)
+        runner = ModelRunner(folder, replace(config, engine=engine))
+    except VersionFolderError as error:
+        raise Unavailable(f"the engine refused the version: {error}") from error
+    lengths: list[int] = []
+
+    def newest() -> list[int]:
+        tokens: list[int] = runner.outputs.top_ids[: len(lengths), 0].tolist()
+        return tokens
+
+    def prefill(prompts: Prompts) -> list[int]:
+        lengths[:] = [len(prompt) for prompt in prompts]
+        for row, prompt in enumerate(prompts):
+            runner.prefill(row, prompt, 0, False)
+        return newest()
+
+    def step(tokens: list[int]) -> list[int]:
+        runner.decode((DecodeToken(row, token, lengths[row]) for row, token in enumerate(tokens)), False)
+        for row in range(len(lengths)):
+            lengths[row] += 1
+        return newest()
+
+    return stepwise(prefill, step)

@@ -1,0 +1,177 @@
+"""Hugging Face's encoder–decoders through the engine: greedy tokens equal ``generate``, alone and in a crowd."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from exporters.fusions import fuse
+from exporters.graph import save_graph
+from exporters.seq2seq import measure, trace
+from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.loading import load_engine
+
+from .conftest import Client
+
+pytestmark = pytest.mark.integration
+
+START_ID, FORCED_ID, EOS_ID = 2, 11, 1
+MAX_MODEL_LEN, MAX_SOURCE_LEN = 64, 48
+COMMON = {"vocab_size": 409, "eos_token_id": EOS_ID, "pad_token_id": 0, "decoder_start_token_id": START_ID}
+
+
+def bart() -> PreTrainedModel:
+    return BartForConditionalGeneration(
+        BartConfig(
+            **COMMON,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=64,
+            init_std=1.0,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def t5() -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(
+            **COMMON,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=20,
+            initializer_factor=4.0,
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=[bart, t5], ids=["bart", "t5"])
+def model(request) -> PreTrainedModel:
+    torch.manual_seed(2)
+    return request.param().eval()
+
+
+@pytest.fixture(scope="module")
+def version(model, checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("seq2seq")
+    shape, program = measure(model), trace(model, 64, MAX_SOURCE_LEN, MAX_MODEL_LEN)
+    for name, part, length in (
+        ("encoder.onnx", program.encoder, MAX_SOURCE_LEN),
+        ("model.onnx", program.decoder, MAX_MODEL_LEN),
+    ):
+        fuse(part.model, length)
+        save_graph(part, folder / name)
+    facts = ModelConfig(
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=MAX_MODEL_LEN,
+        layers=tuple(LayerConfig(layer.num_kv_heads, layer.head_size) for layer in shape.layers),
+        num_top_logits=64,
+        eos_token_ids=(EOS_ID,),
+        kind="encoder_decoder",
+        encoder_graph="encoder.onnx",
+        cross_layers=tuple(LayerConfig(layer.num_kv_heads, layer.head_size) for layer in shape.cross_layers),
+        decoder_start_token_id=START_ID,
+        forced_bos_token_id=FORCED_ID,
+        forced_eos_token_id=EOS_ID,
+    )
+    settings = EngineConfig(MAX_MODEL_LEN, max_num_seqs=8, max_source_len=MAX_SOURCE_LEN)
+    VersionConfig(facts, settings).write(folder)
+    shutil.copy(checkpoint / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(version):
+    engine, _ = load_engine(version, is_sealed=False)
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def client(engine, checkpoint):
+    yield Client(engine, AutoTokenizer.from_pretrained(checkpoint))
+    assert not engine._scheduler.has_work, "a test left requests behind"
+
+
+def generate(model: PreTrainedModel, source: list[int], num_new: int, **options: Any) -> list[int]:
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=num_new,
+        pad_token_id=0,
+        eos_token_id=EOS_ID,
+        decoder_start_token_id=START_ID,
+        forced_bos_token_id=FORCED_ID,
+        forced_eos_token_id=EOS_ID,
+        **options,
+    )
+    ids = torch.tensor([source])
+    with torch.inference_mode():
+        return model.generate(ids, attention_mask=torch.ones_like(ids))[0, 1:].tolist()
+
+
+def source_of(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 400), k=length)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.6}, {"min_new_tokens": 20}])
+def test_greedy_tokens_equal_generate(client, model, options):
+    ours = {"min_tokens" if name == "min_new_tokens" else name: value for name, value in options.items()}
+    seen = set()
+    for length in (1, 2, 5, 31, MAX_SOURCE_LEN):
+        expected = generate(model, source_of(length, length), 32, **options)
+        assert client.ids(source_of(length, length), max_tokens=32, **ours) == expected
+        seen |= set(expected)
+    assert len(seen) > 6, "a model that always says the same proves nothing"
+
+
+def test_log_probabilities_equal_the_original_model(client, model):
+    source = source_of(9, 20)
+    output = client.ask(source, max_tokens=20, logprobs=3, temperature=1.5, seed=1, ignore_eos=True).outputs[0]
+    ids = torch.tensor([[START_ID, *output.token_ids[:-1]]])
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([source]), decoder_input_ids=ids).logits[0], dim=-1)
+    for token_id, alternatives, row in list(zip(output.token_ids, output.logprobs, expected, strict=True))[1:]:
+        assert alternatives[0].token_id == token_id
+        for alternative in alternatives:
+            # With weights as wide as these, float32 itself is 2e-3 away from float64.
+            assert math.isclose(alternative.logprob, row[alternative.token_id], abs_tol=1e-2)
+
+
+def test_sixteen_at_once_get_the_bits_that_each_gets_alone(client, model):
+    sources = [source_of(i, 1 + i * 3) for i in range(16)]
+    options = [
+        {"max_tokens": 10 + i, **({"temperature": 1.0, "seed": i, "n": 2, "logprobs": 1} if i % 2 else {})}
+        for i in range(16)
+    ]
+    answers = [client.submit(source, **options[i]) for i, source in enumerate(sources)]
+    together = [answer.last().outputs for answer in answers]
+    for i, source in enumerate(sources):
+        assert client.ask(source, **options[i]).outputs == together[i], f"request {i}"
+        if i % 2 == 0:
+            assert list(together[i][0].token_ids) == generate(model, source, 10 + i)

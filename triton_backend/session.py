@@ -1,0 +1,28 @@
+"""How a graph is loaded into ONNX Runtime; the only place that names a provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import psutil
+
+from triton_backend.errors import VersionFolderError
+
+
+def load_session(path: Path, num_threads: int, *, is_occasional: bool = False) -> onnxruntime.InferenceSession:
+    """A session over ``path`` with ``num_threads`` threads (0: one per physical core); raises VersionFolderError.
+
+    The threads of an ``is_occasional`` session go to sleep as soon as a run ends, instead of spinning for a while on
+    the cores of the session that runs next.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if is_occasional:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise VersionFolderError(f"ONNX Runtime cannot load {path}: {error}") from error
