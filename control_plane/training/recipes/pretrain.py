@@ -10,26 +10,22 @@ Exit codes: 0 trained · 1 failed or stopped (the last event is ``error``) · 2 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from control_plane.training.checkpoint import staged_folder, write_checkpoint
+from control_plane.training.command_line import run_recipe
 from control_plane.training.config import PretrainConfig
 from control_plane.training.corpus import Document, standard_library_documents
-from control_plane.training.errors import InvalidOption, LossNotFinite, TrainingCancelled, TrainingError
-from control_plane.training.events import Events, events_on_stdout
+from control_plane.training.errors import InvalidOption, LossNotFinite
+from control_plane.training.events import Events
 from control_plane.training.language_modeling import batches, encode, has_fast_bfloat16, mean_loss, next_token_loss
 from control_plane.training.model_card import model_card
 from control_plane.training.optimizer import Optimizers, initialise
@@ -182,38 +178,13 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(_parser().parse_args(arguments))
-    events = events_on_stdout(STEPS)
-    signal.signal(signal.SIGTERM, _cancel)
-    signal.signal(signal.SIGINT, _cancel)
-    try:
-        pretrain(options.pop("out"), PretrainConfig(**options), events)
-    except TrainingError as error:
-        events.emit("error", code=error.code, message=str(error))
-        return 1
-    except Exception as error:
-        traceback.print_exc()
-        events.emit("error", code=TrainingError.code, message=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m control_plane.training.recipes.pretrain",
-        description="Train a small causal LM on the documentation inside this Python installation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    return run_recipe(
+        pretrain,
+        PretrainConfig,
+        STEPS,
+        "Train a small causal LM on the documentation inside this Python installation.",
+        arguments,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
-    for field in dataclasses.fields(PretrainConfig):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default, help=" ")
-    return parser
-
-
-def _cancel(signum: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # a second signal must not stop the removal of the staging folder
-    raise TrainingCancelled(f"training was stopped by {signal.Signals(signum).name}; nothing was written")
 
 
 if __name__ == "__main__":

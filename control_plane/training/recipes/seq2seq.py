@@ -10,18 +10,13 @@ Exit codes: 0 trained · 1 failed or stopped (the last event is ``error``) · 2 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -29,9 +24,10 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from control_plane.training.checkpoint import staged_folder
+from control_plane.training.command_line import run_recipe
 from control_plane.training.config import Seq2SeqConfig
-from control_plane.training.errors import InvalidData, InvalidOption, LossNotFinite, TrainingCancelled, TrainingError
-from control_plane.training.events import Events, events_on_stdout
+from control_plane.training.errors import InvalidData, InvalidOption, LossNotFinite
+from control_plane.training.events import Events
 from control_plane.training.model_card import seq2seq_card
 from control_plane.training.pairs import Pair, read_pairs, standard_library_pairs
 from control_plane.training.recipes.seq2seq_transformer import Seq2SeqTransformer, Seq2SeqTransformerConfig
@@ -269,38 +265,9 @@ def save(folder: Path, model: Seq2SeqTransformer, tokenizer: PreTrainedTokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = vars(_parser().parse_args(arguments))
-    events = events_on_stdout(STEPS)
-    signal.signal(signal.SIGTERM, _cancel)
-    signal.signal(signal.SIGINT, _cancel)
-    try:
-        seq2seq(options.pop("out"), Seq2SeqConfig(**options), events)
-    except TrainingError as error:
-        events.emit("error", code=error.code, message=str(error))
-        return 1
-    except Exception as error:
-        traceback.print_exc()
-        events.emit("error", code=TrainingError.code, message=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m control_plane.training.recipes.seq2seq",
-        description="Train an encoder-decoder Transformer on pairs of texts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    return run_recipe(
+        seq2seq, Seq2SeqConfig, STEPS, "Train an encoder-decoder Transformer on pairs of texts.", arguments
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
-    for field in dataclasses.fields(Seq2SeqConfig):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default, help=" ")
-    return parser
-
-
-def _cancel(signum: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)  # a second signal must not stop the removal of the staging folder
-    raise TrainingCancelled(f"training was stopped by {signal.Signals(signum).name}; nothing was written")
 
 
 if __name__ == "__main__":
