@@ -125,12 +125,17 @@ def measure(model: PreTrainedModel) -> DecoderShape:
     graph contract can hold, or if attention nodes would not compute what it computes (which a model on the meta device
     cannot show).
     """
+    name = type(model).__name__
     try:
         return _measure(model)
+    except UnsupportedArchitecture as error:
+        if name in str(error):
+            raise
+        raise UnsupportedArchitecture(f"{name}: {error}") from None
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedArchitecture(
-            f"{type(model).__name__} does not run as a plain decoder of text with attention that is not its own "
+            f"{name} does not run as a plain decoder of text with attention that is not its own "
             f"({type(error).__name__}: {reason}); use a model of an architecture that does, such as Llama or Qwen2"
         ) from error
 
