@@ -12,23 +12,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from triton_backend.config import LoraConfig
 from triton_backend.errors import InvalidRequest
+from triton_backend.kv_cache import zeros
 
 
 class AdapterSlots:
     """Owner of the matrices and of ``adapter_ids``, one per cache row."""
 
-    def __init__(self, config: LoraConfig | None, num_rows: int) -> None:
+    def __init__(self, config: LoraConfig | None, num_rows: int, device: torch.device) -> None:
         config = config or LoraConfig(num_slots=0, rank=0, targets=())
         num_slots = config.num_slots + 1
         self.num_slots = config.num_slots
-        self.adapter_ids = np.zeros(num_rows, dtype=np.int64)
-        self.tensors: dict[str, np.ndarray] = {}
+        self.adapter_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._slots = [0] * num_rows
+        self.tensors: dict[str, torch.Tensor] = {}
         for target in config.targets:
-            self.tensors[f"lora.{target.name}.a"] = np.zeros((num_slots, target.in_features, config.rank), np.float32)
-            self.tensors[f"lora.{target.name}.b"] = np.zeros((num_slots, config.rank, target.out_features), np.float32)
+            for part, sizes in (("a", (target.in_features, config.rank)), ("b", (config.rank, target.out_features))):
+                name = f"lora.{target.name}.{part}"
+                self.tensors[name] = zeros((num_slots, *sizes), torch.float32, device)
 
     def load(self, slot: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Put an adapter into ``slot`` (1…num_slots): graph input name → its matrix, without the slots' axis.
@@ -41,13 +45,18 @@ class AdapterSlots:
         for name, matrix in tensors.items():
             self._check(name, matrix)
         for name, stacked in self.tensors.items():
-            stacked[slot] = tensors.get(name, 0.0)
+            stacked[slot] = torch.from_numpy(tensors[name]) if name in tensors else 0.0
 
     def set(self, row: int, slot: int) -> None:
         """``row`` computes with the adapter in ``slot`` from now on; 0 is none."""
         if not 0 <= slot <= self.num_slots:
             raise InvalidRequest(f"slot has value {slot}; this model has adapter slots 0 (none) to {self.num_slots}")
-        self.adapter_ids[row] = slot
+        if self._slots[row] != slot:
+            self._slots[row] = slot
+            self.adapter_ids[row] = slot
+
+    def slot_of(self, row: int) -> int:
+        return self._slots[row]
 
     def _check(self, name: str, matrix: np.ndarray) -> None:
         if name not in self.tensors:
@@ -55,7 +64,7 @@ class AdapterSlots:
                 f"the adapter has a matrix {name!r}, which this model cannot change; it can change "
                 f"{', '.join(self.tensors) or 'nothing'}"
             )
-        expected = self.tensors[name].shape[1:]
+        expected = tuple(self.tensors[name].shape[1:])
         if matrix.shape != expected:
             raise InvalidRequest(f"the adapter's {name} has shape {matrix.shape}; this model expects {expected}")
         if not np.isfinite(matrix).all():

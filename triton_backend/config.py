@@ -24,6 +24,9 @@ FORMAT = 1
 
 KINDS = ("decoder", "encoder_decoder", "encoder")
 CACHE_TYPES = ("fp32", "fp16", "bf16")
+DEVICES = ("cpu", "cuda")
+MIN_CHUNK_BUDGET = 3
+"""With it, a chunk of two tokens or more can be cut from a prompt of any length."""
 POOLINGS = ("mean", "cls", "last", "max")
 
 
@@ -132,6 +135,12 @@ class EngineConfig:
     max_num_batched_tokens  tokens computed in one step over all sequences; a longer prompt is prefilled in chunks
     max_queue_size          requests that may wait; one more is refused with UNAVAILABLE
     stream_interval         tokens that may share one streamed response
+    long_prefill_token_threshold  prompt tokens computed in one step while other sequences are decoding
+    enable_prefix_caching   a prompt copies the keys and values of its longest prefix that any cache row holds
+    deterministic           a request's tokens never depend on what ran before or beside it, to the last bit; without it
+                            generated tokens are shared as prefixes, too, and may be drafted
+    num_speculative_tokens  tokens drafted from the text so far and verified in one run; 0 = none
+    device                  cpu or cuda
     num_threads             threads of ONNX Runtime; 0 = one per physical core
     max_source_len          longest source text of an encoder–decoder, in tokens; 0 for other models
     """
@@ -141,20 +150,36 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_queue_size: int = 256
     stream_interval: int = 1
+    long_prefill_token_threshold: int = 64
+    enable_prefix_caching: bool = True
+    deterministic: bool = True
+    num_speculative_tokens: int = 0
+    device: str = "cpu"
     num_threads: int = 0
     max_source_len: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queue_size")
-        _require_positive(self, "stream_interval")
-        for name in ("num_threads", "max_source_len"):
+        _require_positive(self, "stream_interval", "long_prefill_token_threshold")
+        for name in ("num_threads", "max_source_len", "num_speculative_tokens"):
             if getattr(self, name) < 0:
                 raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected a whole number ≥ 0")
-        # A step must always have room for one useful prefill chunk (≥ 2 tokens) beside all decoding rows.
-        if self.max_num_batched_tokens < self.max_num_seqs + 2:
+        # A step must always have room for one useful prefill chunk beside all decoding rows.
+        for name, least in (
+            ("max_num_batched_tokens", self.max_num_seqs + MIN_CHUNK_BUDGET),
+            ("long_prefill_token_threshold", MIN_CHUNK_BUDGET),
+        ):
+            if getattr(self, name) < least:
+                raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected at least {least}")
+        for name in ("enable_prefix_caching", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise VersionFolderError(f"{name} has value {getattr(self, name)!r}; expected true or false")
+        if self.device not in DEVICES:
+            raise VersionFolderError(f"device has value {self.device!r}; expected one of {', '.join(DEVICES)}")
+        if self.num_speculative_tokens and self.deterministic:
             raise VersionFolderError(
-                f"max_num_batched_tokens has value {self.max_num_batched_tokens}; expected at least "
-                f"max_num_seqs + 2 = {self.max_num_seqs + 2}"
+                f"num_speculative_tokens has value {self.num_speculative_tokens}, but deterministic is true: tokens that "
+                "are verified together differ in their last bits; set one of them to its opposite"
             )
 
 

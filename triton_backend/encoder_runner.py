@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from triton_backend.session import load_session
 
@@ -17,14 +18,12 @@ from triton_backend.session import load_session
 class EncoderRunner:
     """Owner of the encoder's session."""
 
-    def __init__(self, path: Path, output_names: Iterable[str], num_threads: int) -> None:
-        self._session = load_session(path, num_threads, is_occasional=True)
+    def __init__(self, path: Path, output_names: Iterable[str], num_threads: int, device: torch.device) -> None:
+        self._session = load_session(path, num_threads, device, is_occasional=True)
         self._output_names = list(output_names)
 
-    def encode(self, source_ids: Iterable[int]) -> list[np.ndarray]:
-        """The graph's outputs (1, H, S, D) for one source text of S tokens, in the order of the names given."""
+    def encode(self, source_ids: Iterable[int]) -> list[torch.Tensor]:
+        """The graph's outputs (H, S, D) for one source text of S tokens, in the order of the names given."""
         ids = np.fromiter(source_ids, dtype=np.int64)[None, :]
-        outputs: list[np.ndarray] = self._session.run(
-            self._output_names, {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        )
-        return outputs
+        outputs = self._session.run(self._output_names, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        return [torch.from_numpy(output[0]) for output in outputs]

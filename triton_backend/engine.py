@@ -1,8 +1,8 @@
 """The engine: one thread that owns scheduler, cache, runner and sampler, and turns requests into responses.
 
 Other threads only ``submit`` and ``stop``, which put messages into the inbox; responses leave through each request's
-sink. ``step`` reads aloud: schedule → run → sample → decode text → update. Text is decoded before the update, so a
-stop string ends its sequence in the step that completed it.
+sink. ``step`` reads aloud: schedule → run → sample, or advance beams → update. Text is decoded with each token, before
+the update, so a stop string ends its sequence in the step that completed it.
 
     execute() ──submit──► inbox ──► engine thread ──► sink.send() ──► responder thread ──► Triton
 """
@@ -12,28 +12,35 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from triton_backend import beam_rows
+from triton_backend.adapter_store import AdapterStore
+from triton_backend.cache_manager import RowMove
 from triton_backend.config import VersionConfig
 from triton_backend.errors import EngineError, EngineStopped, InvalidRequest, QueueFull, RequestCancelled
+from triton_backend.grammars import GrammarCompiler
 from triton_backend.metrics import EngineMetrics, MetricSink, NoMetrics
-from triton_backend.model_runner import DecodeToken, ModelRunner
+from triton_backend.model_runner import DecodeToken, ModelRunner, SavedRow
 from triton_backend.output_processor import RequestOutput
 from triton_backend.protocol import GenerateRequest, GenerateResponse
+from triton_backend.request_intake import RequestIntake
 from triton_backend.sampler import Sampler
-from triton_backend.scheduler import Scheduler, StepPlan
+from triton_backend.scheduler import PrefillChunk, Scheduler, Start, StepPlan
 from triton_backend.sequence import FinishReason, RequestState, ResponseSink, SampledToken, Sequence
 from triton_backend.tokenizer import Tokenizer
 
 log = structlog.get_logger()
 
-MAX_PROBE_TOKENS = 16
 # is_cancelled() costs 25 µs a call, so requests that hold rows are asked often and waiting ones seldom.
 CANCEL_POLL_S = 0.025
 CANCEL_POLL_WAITING_S = 0.25
+LOGITS_BYTES = 32 << 20
+"""Bound on the logits of one chunk whose every position is wanted."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,26 @@ class Engine:
         config: VersionConfig,
         runner: ModelRunner,
         tokenizer: Tokenizer,
+        adapters: AdapterStore,
         metric_sink: MetricSink | None = None,
         digest: str = "",
     ) -> None:
+        model, engine = config.model, config.engine
         self._config = config
         self._runner = runner
         self._tokenizer = tokenizer
+        self._adapters = adapters
         self._digest = digest
-        self._scheduler = Scheduler(config.engine)
-        self._sampler = Sampler(config.model, tokenizer)
-        self._metrics = EngineMetrics(
-            metric_sink or NoMetrics(), config.engine.max_num_seqs, config.engine.max_model_len
+        self._intake = RequestIntake(config, tokenizer, GrammarCompiler(tokenizer, model), adapters)
+        self._scheduler = Scheduler(
+            engine,
+            num_adapter_slots=model.lora.num_slots if model.lora else 0,
+            max_logits_positions=max(2, LOGITS_BYTES // (4 * model.vocab_size)),
         )
+        self._sampler = Sampler(model, tokenizer)
+        self._metrics = EngineMetrics(metric_sink or NoMetrics(), engine.max_num_seqs, engine.max_model_len)
         self._outputs: dict[RequestState, RequestOutput] = {}
+        self._saved: dict[Sequence, SavedRow] = {}
         self._inbox: queue.SimpleQueue[Submit | Stop] = queue.SimpleQueue()
         self._is_stopping = False
         self._next_poll_s = 0.0
@@ -80,53 +94,13 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: GenerateRequest, sink: ResponseSink) -> None:
-        """Tokenize, check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
-        input_ids = request.input_ids if request.text is None else self._tokenizer.encode(request.text)
-        self._check(request, input_ids)
-        self._inbox.put(Submit(self._state_of(request, input_ids, sink)))
+        """Check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
+        self._inbox.put(Submit(self._intake.prepare(request, sink)))
 
     def stop(self) -> None:
         """End the engine thread; requests that are still inside get an error."""
         self._inbox.put(Stop())
         self._thread.join()
-
-    def _state_of(self, request: GenerateRequest, input_ids: tuple[int, ...], sink: ResponseSink) -> RequestState:
-        """What the client sent is the decoder's prompt, or the encoder's source if there is an encoder."""
-        model, now_s = self._config.model, time.monotonic()
-        if model.kind != "encoder_decoder":
-            return RequestState.create(request, input_ids, sink, now_s)
-        assert model.decoder_start_token_id is not None
-        return RequestState.create(request, (model.decoder_start_token_id,), sink, now_s, source_ids=input_ids)
-
-    def _check(self, request: GenerateRequest, input_ids: tuple[int, ...]) -> None:
-        model, num_rows = self._config.model, self._config.engine.max_num_seqs
-        if not input_ids:
-            raise InvalidRequest("the prompt is empty; expected at least one token of text_input or input_ids")
-        self._check_length(len(input_ids))
-        if request.params.n > num_rows:
-            raise InvalidRequest(f"n has value {request.params.n}; this model runs at most {num_rows} sequences")
-        vocab_size = model.source_vocab_size or model.vocab_size
-        bad = next((i for i in input_ids if not 0 <= i < vocab_size), None)
-        if bad is not None:
-            raise InvalidRequest(f"input_ids has value {bad}; expected token ids from 0 to {vocab_size - 1}")
-        if request.health_probe and len(input_ids) > MAX_PROBE_TOKENS:
-            raise InvalidRequest(
-                f"health_probe has a prompt of {len(input_ids)} tokens; expected at most {MAX_PROBE_TOKENS}"
-            )
-
-    def _check_length(self, num_tokens: int) -> None:
-        limit, source_limit = self._config.engine.max_model_len, self._config.engine.max_source_len
-        if self._config.model.kind == "encoder_decoder":
-            if num_tokens > source_limit:
-                raise InvalidRequest(
-                    f"the source text has {num_tokens} tokens, but the model reads at most {source_limit} tokens "
-                    "(max_source_len); shorten the text"
-                )
-        elif num_tokens >= limit:
-            raise InvalidRequest(
-                f"the prompt has {num_tokens} tokens, but the model's context is {limit} tokens and must hold at "
-                "least one new token; shorten the prompt"
-            )
 
     # Engine thread ----------------------------------------------------------------------------------------------------
 
@@ -145,17 +119,41 @@ class Engine:
     def step(self) -> None:
         """Advance every scheduled sequence by one chunk or one token."""
         plan = self._scheduler.schedule()
-        sequences = self._run_plan(plan)
-        tokens = self._sampler.sample(sequences, self._runner.outputs)
-        self._decode_text(sequences, tokens)
-        self._update(plan, sequences)
+        self._arrange(plan)
+        ready = [*self._decode(plan), *self._prefill(plan)]
+        self._sample([sequence for sequence in ready if not sequence.params.is_beam])
+        self._advance_beams([sequence.state for sequence in ready if sequence.params.is_beam])
+        self._update(plan, ready)
 
-    def _run_plan(self, plan: StepPlan) -> list[Sequence]:
-        """Run the graph; returns the sequences whose next token can be chosen now."""
-        for move in plan.moves:
-            self._runner.copy_row(move.source, move.target, move.sequence.num_computed)
-            self._runner.clear_row(move.source)
-        sequences = list(plan.decodes)
+    def _arrange(self, plan: StepPlan) -> None:
+        """Copy rows out, about and in, so that everything is where the plan says."""
+        for save in plan.saves:
+            if save.sequence.num_computed:
+                self._saved[save.sequence] = self._runner.save_row(save.row, save.sequence.num_computed)
+            self._runner.free_row(save.row, save.num_kept)
+        for copy in plan.copies:
+            if isinstance(copy, RowMove):
+                self._runner.copy_row(copy.source, copy.target, copy.sequence.num_computed)
+                self._runner.free_row(copy.source)
+            else:
+                self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
+        for start in plan.starts:
+            self._start(start)
+
+    def _start(self, start: Start) -> None:
+        state, slot = start.state, start.adapter.slot
+        state.scheduled_s = state.scheduled_s or time.monotonic()
+        if start.adapter.needs_load:
+            assert state.adapter is not None
+            self._runner.load_adapter(slot, self._adapters.read(state.adapter))
+        for sequence in state.sequences:
+            if sequence.row >= 0:
+                self._runner.set_adapter(sequence.row, slot)
+            if sequence in self._saved:
+                self._runner.restore_row(sequence.row, self._saved.pop(sequence))
+
+    def _decode(self, plan: StepPlan) -> tuple[Sequence, ...]:
+        """One token for every running sequence; returns those whose next token can be chosen now."""
         if plan.decodes:
             self._runner.decode(
                 (DecodeToken(s.row, s.output_ids[-1], s.num_tokens - 1) for s in plan.decodes),
@@ -163,63 +161,92 @@ class Engine:
             )
             for sequence in plan.decodes:
                 sequence.num_computed = sequence.num_tokens
+        return plan.decodes
+
+    def _prefill(self, plan: StepPlan) -> list[Sequence]:
+        """The plan's chunks of prompts; returns the sequences whose first token can be chosen now."""
+        ready: list[Sequence] = []
         for chunk in plan.prefills:
-            lead = chunk.state.lead
-            chunk.state.scheduled_s = chunk.state.scheduled_s or time.monotonic()
-            if chunk.state.source_ids:
-                self._runner.encode(lead.row, chunk.state.source_ids)
-            ids = lead.prompt_ids[chunk.start : chunk.start + chunk.length]
-            self._runner.prefill(lead.row, ids, chunk.start, chunk.is_last and self._sampler.needs_logits(lead))
+            self._prefill_chunk(chunk)
             if chunk.is_last:
-                self._fork(chunk.state)
-                sequences.extend(chunk.state.sequences)
-        return sequences
+                self._scheduler.finish_prefill(chunk.state)
+                lead, *forks = chunk.state.decoding
+                for sequence in forks:
+                    self._runner.copy_row(lead.row, sequence.row, lead.num_computed)
+                ready += [lead, *forks]
+        return ready
 
-    def _fork(self, state: RequestState) -> None:
-        """Give every other sequence of the request its copy of the computed prompt."""
-        self._scheduler.finish_prefill(state)
-        for sequence in state.sequences[1:]:
-            self._runner.copy_row(state.lead.row, sequence.row, state.num_prompt_tokens)
+    def _prefill_chunk(self, chunk: PrefillChunk) -> None:
+        lead, prefix = chunk.state.lead, chunk.prefix
+        if prefix is not None:
+            self._runner.copy_tokens(prefix.source, prefix.target, prefix.start, prefix.end)
+        if chunk.state.source_ids:
+            self._runner.encode(lead.row, chunk.state.source_ids)
+        ids = lead.prompt_ids[chunk.start : chunk.start + chunk.length]
+        if chunk.state.params.prompt_logprobs is None:
+            self._runner.prefill(lead.row, ids, chunk.start, chunk.is_last and self._sampler.needs_logits(lead))
+        else:
+            outputs = self._runner.prefill_positions(lead.row, ids, chunk.start)
+            next_ids = lead.prompt_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+            chunk.state.prompt_logprobs += self._sampler.prompt_logprobs(lead.params, next_ids, outputs.logits)
 
-    def _decode_text(self, sequences: list[Sequence], tokens: list[SampledToken]) -> None:
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.append(token)
-            is_end_token = self._is_end_token(sequence)
-            is_last = (
-                len(sequence.output_ids) >= sequence.params.max_tokens
-                or sequence.num_tokens >= self._config.engine.max_model_len
-            )
-            # An end that was forced because there is no room left is no end of the text.
-            if is_end_token and not (is_last and token.token_id == self._config.model.forced_eos_token_id):
-                sequence.finish_reason = FinishReason.STOP
-            elif is_last:
-                sequence.finish_reason = FinishReason.LENGTH
-            self._outputs[sequence.state].append(sequence, is_end_token)
+    def _sample(self, sequences: list[Sequence]) -> None:
+        for sequence, token in zip(sequences, self._sampler.sample(sequences, self._runner.outputs), strict=True):
+            self._append(sequence, token)
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
+        """Add a token and its text, and see whether the sequence ends with it."""
+        sequence.append(token)
+        is_end_token = self._is_end_token(sequence)
+        is_last = (
+            len(sequence.output_ids) >= sequence.params.max_tokens
+            or sequence.num_tokens >= self._config.engine.max_model_len
+        )
+        # An end that was forced because there is no room left is no end of the text.
+        if is_end_token and not (is_last and token.token_id == self._config.model.forced_eos_token_id):
+            sequence.finish_reason = FinishReason.STOP
+        elif is_last:
+            sequence.finish_reason = FinishReason.LENGTH
+        elif sequence.grammar is not None and sequence.grammar.is_finished:
+            sequence.finish_reason = FinishReason.STOP
+        self._outputs[sequence.state].append(sequence, is_end_token)
 
     def _is_end_token(self, sequence: Sequence) -> bool:
         token_id, params = sequence.output_ids[-1], sequence.params
         is_eos = not params.ignore_eos and token_id in self._config.model.eos_token_ids
         return is_eos or token_id in params.stop_token_ids
 
-    def _update(self, plan: StepPlan, sequences: list[Sequence]) -> None:
-        """Free the rows of finished sequences, send what is due, and forget finished requests."""
+    def _advance_beams(self, states: Iterable[RequestState]) -> None:
+        for state in dict.fromkeys(states):
+            assert state.search is not None
+            candidates = self._sampler.beam_candidates(state.beams, state.search.num_candidates, self._runner.outputs)
+            output = self._outputs[state]
+            for copy in beam_rows.advance(state, candidates, output.completes_stop, self._sampler.fork):
+                self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
+
+    def _update(self, plan: StepPlan, ready: list[Sequence]) -> None:
+        """Free the rows of what ended, send what is due, and forget finished requests."""
         now_s = time.monotonic()
-        for sequence in sequences:
-            if sequence.is_finished and sequence.row >= 0:
-                self._runner.clear_row(sequence.row)
-                self._scheduler.release(sequence)
-        for state in dict.fromkeys(sequence.state for sequence in sequences):
+        for state in dict.fromkeys(sequence.state for sequence in ready):
             state.first_token_s = state.first_token_s or now_s
             state.last_token_s = now_s
+            if (error := _grammar_error(state)) is not None:
+                self._abort(state, InvalidRequest(error))
+                continue
+            self._free(s for s in state.sequences if s.is_finished or state.is_finished)
             response = self._outputs[state].next_response(self._request_metrics(state) if state.is_finished else {})
             if state.is_finished:
                 self._forget(state)
                 self._metrics.request_finished(state)
             if response is not None:
                 state.sink.send(response)
-        num_input_tokens = sum(chunk.state.num_input_tokens for chunk in plan.prefills if chunk.is_last)
-        self._metrics.count_tokens(num_input_tokens, len(sequences))
+        self._metrics.count_step(plan, len(ready))
         self._update_load()
+
+    def _free(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if (row := sequence.row) >= 0:
+                self._runner.free_row(row, self._scheduler.release(sequence))
 
     def _receive(self) -> None:
         """Take every message from the inbox; sleeps while there is nothing to do."""
@@ -253,16 +280,13 @@ class Engine:
         if polls_waiting:
             self._next_poll_waiting_s = now_s + CANCEL_POLL_WAITING_S
         for state in tuple(self._scheduler.states()):
-            is_waiting = state.lead.row < 0 and not state.lead.is_finished
+            is_waiting = all(sequence.row < 0 for sequence in state.sequences)
             if now_s >= state.deadline_s:
                 self._abort(state, RequestCancelled(f"timeout_ms = {state.request.params.timeout_ms} has passed"))
             elif (polls_waiting or not is_waiting) and state.sink.is_cancelled():
                 self._abort(state, RequestCancelled("the client cancelled the request"))
 
     def _abort(self, state: RequestState, error: EngineError) -> None:
-        for sequence in state.sequences:
-            if sequence.row >= 0:
-                self._runner.clear_row(sequence.row)
         self._forget(state)
         self._metrics.request_aborted(state)
         self._send_error(state, error)
@@ -277,6 +301,9 @@ class Engine:
                 self._send_error(message.state, error)
 
     def _forget(self, state: RequestState) -> None:
+        self._free(state.sequences)
+        for sequence in state.sequences:
+            self._saved.pop(sequence, None)
         self._scheduler.remove(state)
         del self._outputs[state]
 
@@ -284,14 +311,21 @@ class Engine:
         state.sink.send(GenerateResponse(state.request.request_id, finished=True, error=str(error)))
 
     def _update_load(self) -> None:
-        self._metrics.update_load(self._scheduler.num_running, self._scheduler.num_waiting, self._scheduler.cache_usage)
+        scheduler = self._scheduler
+        self._metrics.update_load(scheduler.num_running, scheduler.num_waiting, scheduler.cache_usage)
 
     def _request_metrics(self, state: RequestState) -> dict[str, Any]:
         return {
             "queue_s": round(state.scheduled_s - state.arrived_s, 6),
             "prefill_s": round(state.first_token_s - state.scheduled_s, 6),
             "decode_s": round(state.last_token_s - state.first_token_s, 6),
-            "cached_tokens": 0,
+            "cached_tokens": state.num_cached_tokens,
+            "preemptions": state.num_preemptions,
+            "accepted_draft_tokens": state.num_accepted_tokens,
             "engine_uptime_s": round(time.monotonic() - self._started_s, 3),
             "digest": self._digest,
         }
+
+
+def _grammar_error(state: RequestState) -> str | None:
+    return next((s.grammar.error for s in state.sequences if s.grammar is not None and s.grammar.error), None)

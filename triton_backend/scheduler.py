@@ -1,29 +1,55 @@
-"""What the next step computes: which waiting requests start, which prompts advance, which rows decode.
+"""What the next step computes: which waiting requests start, which prompts advance, which sequences decode.
 
-First come, first served. Every step decodes all running sequences (one token each) and spends what is left of the
-token budget on prompts, in order of arrival, so that a long prompt is cut into chunks and cannot stall the streams.
-The source text of an encoder–decoder counts like a prompt but cannot be cut; one that is longer than the budget has a
-step's budget to itself. A request starts only when rows for all its n sequences are free; later ones do not overtake
-it, so it cannot starve.
+Lower ``priority`` first, then first come, first served. Every step decodes all running sequences (one token each) and
+spends what is left of the token budget on prompts, so that a long prompt is cut into chunks and cannot stall the
+streams. The source text of an encoder–decoder counts like a prompt but cannot be cut; one that is longer than the
+budget has a step's budget to itself. A request starts when rows for all its sequences are free or can be taken from
+requests of less priority, which are copied out and later copied back. Nobody starves: who was overtaken
+``MAX_OVERTAKEN`` times is next and is not preempted.
 Standard library only, no tensors, no clock; owned by the engine thread.
 
-    waiting ──admit──► prefilling ──last chunk──► running ──stop, length, error──► gone
+    waiting ──start──► prefilling ──last chunk──► running ──stop, length, error──► gone
+       ▲                   │                         │
+       └────── preempt ────┴─────────────────────────┘
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from triton_backend.cache_manager import CacheManager, RowMove
-from triton_backend.config import EngineConfig
-from triton_backend.sequence import RequestState, Sequence, SequenceStatus
+from triton_backend.adapter_manager import AdapterManager, AdapterPlacement
+from triton_backend.cache_manager import CacheManager, RowCopy, RowMove
+from triton_backend.config import MIN_CHUNK_BUDGET, EngineConfig
+from triton_backend.sequence import RequestState, Sequence
+
+MAX_OVERTAKEN = 64
+MIN_CHUNK_TOKENS = 2
+"""Attention takes its decode path for a single token, whose last bits differ from the prefill path's."""
+
+
+@dataclass(frozen=True)
+class RowSave:
+    """Row ``row`` of a preempted ``sequence`` goes out of the cache; ``num_kept`` tokens of it may stay for others."""
+
+    sequence: Sequence
+    row: int
+    num_kept: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """``state`` has rows now, and its adapter a slot; a request that was preempted gets its saved rows back."""
+
+    state: RequestState
+    adapter: AdapterPlacement
+    is_resumed: bool
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """``length`` prompt tokens of ``state``'s leading sequence, from ``start`` on.
+    """``length`` prompt tokens of ``state``'s leading sequence, from ``start`` on, after ``prefix`` was copied.
 
     A request with a source text has one chunk: its source is encoded first, then the decoder's short prompt.
     """
@@ -31,31 +57,40 @@ class PrefillChunk:
     state: RequestState
     start: int
     length: int
+    prefix: RowCopy | None = None
 
     @property
     def is_last(self) -> bool:
         return self.start + self.length == self.state.num_prompt_tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepPlan:
-    """One step, in the order in which the runner does it: moves, prefills, decodes."""
+    """One step, in the order in which the engine does it."""
 
-    moves: tuple[RowMove, ...]
-    prefills: tuple[PrefillChunk, ...]
-    decodes: tuple[Sequence, ...]
+    saves: list[RowSave] = field(default_factory=list)
+    copies: list[RowCopy | RowMove] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    decodes: tuple[Sequence, ...] = ()
+    prefills: tuple[PrefillChunk, ...] = ()
 
 
 class Scheduler:
-    """Owner of all requests from arrival to end."""
+    """Owner of all requests from arrival to end.
 
-    def __init__(self, config: EngineConfig) -> None:
+    ``max_logits_positions`` bounds the chunks of prompts whose log probabilities are wanted at every position.
+    """
+
+    def __init__(self, config: EngineConfig, num_adapter_slots: int = 0, max_logits_positions: int = 128) -> None:
         self._config = config
-        self._cache = CacheManager(config.max_num_seqs)
-        self._waiting: deque[RequestState] = deque()
+        self._max_logits_positions = max_logits_positions
+        self._cache = CacheManager(config.max_num_seqs, config.enable_prefix_caching, not config.deterministic)
+        self._adapters = AdapterManager(num_adapter_slots)
+        self._waiting: list[RequestState] = []
         self._prefilling: list[RequestState] = []
         self._running: list[RequestState] = []
         self._probes: deque[RequestState] = deque()
+        self._num_arrived = 0
 
     @property
     def num_waiting(self) -> int:
@@ -72,6 +107,10 @@ class Scheduler:
         return self._cache.num_used / self._config.max_num_seqs
 
     @property
+    def active_adapters(self) -> tuple[str, ...]:
+        return self._adapters.active
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._prefilling or self._running or self._probes)
 
@@ -84,68 +123,126 @@ class Scheduler:
 
     def add(self, state: RequestState) -> None:
         """Queue a request; the caller has checked ``is_full``. Probes have a row of their own and never queue."""
+        state.arrival = self._num_arrived
+        self._num_arrived += 1
         (self._probes if state.request.health_probe else self._waiting).append(state)
 
     def schedule(self) -> StepPlan:
         """Plan the next step and mark its sequences; the plan must then be run."""
-        self._admit()
-        moves = self._compact()
-        decodes = tuple(sequence for state in self._running for sequence in state.sequences if not sequence.is_finished)
-        prefills = (*self._plan_probe(), *self._plan_prefills(self._config.max_num_batched_tokens - len(decodes)))
-        return StepPlan(moves, prefills, decodes)
+        plan = StepPlan()
+        self._admit(plan)
+        self._compact(plan)
+        plan.decodes = tuple(sequence for state in self._running for sequence in state.decoding)
+        plan.prefills = (*self._plan_probe(), *self._plan_prefills(self._prefill_budget(len(plan.decodes))))
+        return plan
 
     def finish_prefill(self, state: RequestState) -> None:
-        """The whole prompt is computed: the leading sequence and its forks decode from the next step on."""
-        for sequence in state.sequences:
-            sequence.status = SequenceStatus.RUNNING
+        """The whole prompt is computed: its sequences decode from the next step on."""
+        if state.params.is_beam:
+            state.beams = [state.lead]
+        for sequence in state.decoding:
             sequence.num_computed = state.num_prompt_tokens
         if not state.request.health_probe:
             self._prefilling.remove(state)
             self._running.append(state)
 
-    def release(self, sequence: Sequence) -> None:
-        """Take back the row of a finished sequence."""
-        sequence.status = SequenceStatus.FINISHED
-        if 0 <= sequence.row < self._cache.probe_row:
-            self._cache.release(sequence)
+    def release(self, sequence: Sequence) -> int:
+        """Take back a sequence's row; returns how many tokens may stay in it for others."""
+        if sequence.row < self._cache.probe_row:
+            return self._cache.release(sequence)
+        sequence.row = -1
+        return 0
 
     def remove(self, state: RequestState) -> None:
-        """Forget a request that ended or was cancelled, at whatever stage it is, and take back its rows."""
-        for sequence in state.sequences:
-            self.release(sequence)
-        for queue in (self._waiting, self._prefilling, self._running, self._probes):
+        """Forget a request that ended or was cancelled, at whatever stage it is; its rows were released."""
+        assert all(sequence.row < 0 for sequence in state.sequences)
+        for queue in (self._prefilling, self._running):
             if state in queue:
                 queue.remove(state)
+                self._adapters.release(state.adapter)
+        for waiting in (self._waiting, self._probes):
+            if state in waiting:
+                waiting.remove(state)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless rows are held by exactly the unfinished sequences; run by tests."""
         self._cache.check_integrity()
+        self._adapters.check_integrity()
         holders = [
             sequence
             for state in (*self._prefilling, *self._running)
             for sequence in state.sequences
             if not sequence.is_finished
         ]
-        assert sorted(s.row for s in holders) == sorted(set(s.row for s in holders))
-        assert len(holders) == self._cache.num_used
+        rows = [sequence.row for sequence in holders]
+        assert -1 not in rows and len(rows) == len(set(rows)) == self._cache.num_used
         assert all(s.row == -1 for state in self._waiting for s in state.sequences)
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._waiting[0].sequences) <= self._cache.num_free:
-            state = self._waiting.popleft()
-            for sequence in state.sequences:
-                self._cache.allocate(sequence)
-                sequence.status = SequenceStatus.PREFILLING
-            self._prefilling.append(state)
+    def _admit(self, plan: StepPlan) -> None:
+        """Start waiting requests, most urgent first, until one finds no room."""
+        if not self._waiting or not (self._cache.num_free or self._can_preempt()):
+            return
+        self._waiting.sort(key=_urgency)
+        for state in tuple(self._waiting):
+            if not self._adapters.can_acquire(state.adapter):
+                if _is_starving(state):
+                    return
+                continue  # its adapter must wait for a slot; others need not
+            if not self._make_room(state, plan):
+                return
+            self._start(state, plan)
 
-    def _compact(self) -> tuple[RowMove, ...]:
+    def _can_preempt(self) -> bool:
+        return min(s.params.priority for s in self._waiting) < max(
+            (s.params.priority for s in (*self._running, *self._prefilling)), default=0
+        )
+
+    def _make_room(self, state: RequestState, plan: StepPlan) -> bool:
+        """Free enough rows for ``state``, if need be by preempting; False, and nothing changes, if that is not enough."""
+        missing = _num_rows(state) - self._cache.num_free
+        victims = []
+        for other in sorted((*self._running, *self._prefilling), key=_urgency, reverse=True):
+            if missing <= 0:
+                break
+            if other.params.priority > state.params.priority and not _is_starving(other):
+                victims.append(other)
+                missing -= _num_rows(other)
+        if missing > 0:
+            return False
+        for victim in victims:
+            self._preempt(victim, plan)
+        return True
+
+    def _preempt(self, state: RequestState, plan: StepPlan) -> None:
+        for sequence in state.sequences:
+            if (row := sequence.row) >= 0:
+                plan.saves.append(RowSave(sequence, row, self._cache.release(sequence)))
+        self.remove(state)
+        state.num_preemptions += 1
+        self._waiting.append(state)
+
+    def _start(self, state: RequestState, plan: StepPlan) -> None:
+        self._waiting.remove(state)
+        for other in self._waiting:
+            other.num_overtaken += other.arrival < state.arrival
+        for sequence in state.sequences:
+            if not sequence.is_finished:
+                plan.copies += self._cache.allocate(sequence)
+        is_prefilled = state.lead.num_prefill_tokens_left <= 0
+        (self._running if is_prefilled else self._prefilling).append(state)
+        plan.starts.append(Start(state, self._adapters.acquire(state.adapter), state.num_preemptions > 0))
+
+    def _compact(self, plan: StepPlan) -> None:
         # A prompt still being computed keeps holes cheap to leave: it, or the next request, fills them soon.
         if self._waiting or self._prefilling:
-            return ()
-        moves = []
-        while move := self._cache.compact():
-            moves.append(move)
-        return tuple(moves)
+            return
+        while copies := self._cache.compact():
+            plan.copies += copies
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """Prompt tokens of one step; fewer while streams are running, since they wait for the whole step."""
+        budget = self._config.max_num_batched_tokens - num_decodes
+        return min(budget, self._config.long_prefill_token_threshold) if num_decodes else budget
 
     def _plan_probe(self) -> tuple[PrefillChunk, ...]:
         if not self._probes:
@@ -157,27 +254,51 @@ class Scheduler:
     def _plan_prefills(self, budget: int) -> tuple[PrefillChunk, ...]:
         chunks: list[PrefillChunk] = []
         for state in self._prefilling:
-            left = state.lead.num_prefill_tokens_left
-            if state.source_ids:
-                fits = len(state.source_ids) + left <= budget
-                length = left if fits or not chunks else 0
-            else:
-                length = chunk_length(left, budget)
-            if length == 0:
+            if budget < MIN_CHUNK_BUDGET:
                 break
-            chunks.append(PrefillChunk(state, state.lead.num_computed, length))
-            state.lead.num_computed += length
-            budget -= len(state.source_ids) + length
+            chunk = self._next_chunk(state, budget, is_first=not chunks)
+            if chunk is None:
+                break
+            chunks.append(chunk)
+            budget -= len(state.source_ids) + chunk.length
         return tuple(chunks)
+
+    def _next_chunk(self, state: RequestState, budget: int, is_first: bool) -> PrefillChunk | None:
+        """The next part of a prompt; a source is encoded in a step that has room for it, or that encodes nothing else."""
+        lead, prefix = state.lead, None
+        if state.source_ids:
+            if len(state.source_ids) + lead.num_prompt_tokens > budget and not is_first:
+                return None
+            budget = lead.num_prompt_tokens
+        elif not state.has_started:
+            prefix = self._cache.share_prefix(lead)
+            state.num_cached_tokens = lead.num_computed
+        state.has_started = True
+        if state.params.prompt_logprobs is not None:
+            budget = min(budget, self._max_logits_positions)
+        chunk = PrefillChunk(state, lead.num_computed, chunk_length(lead.num_prefill_tokens_left, budget), prefix)
+        lead.num_computed += chunk.length
+        return chunk
+
+
+def _urgency(state: RequestState) -> tuple[bool, int, int]:
+    return (not _is_starving(state), state.params.priority, state.arrival)
+
+
+def _is_starving(state: RequestState) -> bool:
+    return state.num_overtaken >= MAX_OVERTAKEN
+
+
+def _num_rows(state: RequestState) -> int:
+    return sum(not sequence.is_finished for sequence in state.sequences)
 
 
 def chunk_length(num_left: int, budget: int) -> int:
     """Tokens of a prompt to compute now, given ``num_left`` to go; 0 if the budget is too small.
 
-    No chunk but that of a one-token prompt has length 1: attention takes its decode path for a single token, whose last
-    bits differ, and the same prompt must give the same bits however it is cut.
+    No chunk but that of a one-token prompt has length 1: the same prompt must give the same bits however it is cut.
     """
     if num_left <= budget:
         return num_left
     length = budget - 1 if num_left - budget == 1 else budget
-    return length if length >= 2 else 0
+    return length if length >= MIN_CHUNK_TOKENS else 0

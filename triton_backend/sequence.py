@@ -1,7 +1,9 @@
 """State of requests while they are inside the engine; everything here is owned by the engine thread.
 
-A ``RequestState`` is one request with its n ``Sequence`` objects. A sequence is one text in the making: the shared
-prompt, its own output tokens, and the cache row that holds their keys and values. Standard library only; no tensors.
+A ``RequestState`` is one request with its ``Sequence`` objects, each of which holds one cache row. A sequence is one
+text in the making: the shared prompt, its own output tokens, and the row with their keys and values. While beams are
+searched, ``beams`` lists the sequences that are beams now, best first, and what is found becomes ``hypotheses``.
+Standard library only; no tensors.
 
     prompt_ids                      output_ids
     ├───────────────────────────────┼──────────────┤
@@ -15,10 +17,15 @@ from __future__ import annotations
 import enum
 import random
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from triton_backend.protocol import GenerateRequest, GenerateResponse, TokenLogprob
 from triton_backend.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from triton_backend.adapter_store import AdapterRef
+    from triton_backend.beam_search import BeamSearch
+    from triton_backend.grammars import GrammarState
 
 
 class ResponseSink(Protocol):
@@ -29,13 +36,6 @@ class ResponseSink(Protocol):
     def is_cancelled(self) -> bool: ...
 
 
-class SequenceStatus(enum.Enum):
-    WAITING = "waiting"
-    PREFILLING = "prefilling"
-    RUNNING = "running"
-    FINISHED = "finished"
-
-
 class FinishReason(enum.Enum):
     STOP = "stop"
     LENGTH = "length"
@@ -43,25 +43,36 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One chosen token; ``logprobs`` (the chosen token first) only if the request asked for them."""
+    """One chosen token; ``logprob`` and ``logprobs`` (the chosen token first) only if the request needs them."""
 
     token_id: int
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    @property
+    def logprob(self) -> float:
+        return self.logprobs[0].logprob if self.logprobs else 0.0
+
 
 class Sequence:
-    """One text being generated. ``state`` is the request that it belongs to."""
+    """One text being generated. ``state`` is the request that it belongs to.
+
+    ``num_computed`` tokens of it lie in cache row ``row``; -1 is no row. ``grammar`` restricts what may come next.
+    """
 
     state: RequestState
 
-    def __init__(self, index: int, prompt_ids: tuple[int, ...], params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, prompt_ids: tuple[int, ...], params: SamplingParams, grammar: GrammarState | None = None
+    ) -> None:
         self.index = index
         self.prompt_ids = prompt_ids
         self.params = params
+        self.grammar = grammar
         self.output_ids: list[int] = []
         self.logprobs: list[tuple[TokenLogprob, ...]] = []
         self.cumulative_logprob = 0.0
-        self.status = SequenceStatus.WAITING
+        self.score: float | None = None
+        self.is_at_end_token = False
         self.finish_reason: FinishReason | None = None
         self.row = -1
         self.num_computed = 0
@@ -84,11 +95,28 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
+    def computed_ids(self) -> tuple[int, ...]:
+        """The tokens whose keys and values lie in the row."""
+        num_prompt = len(self.prompt_ids)
+        if self.num_computed <= num_prompt:
+            return self.prompt_ids[: self.num_computed]
+        return (*self.prompt_ids, *self.output_ids[: self.num_computed - num_prompt])
+
+    def become(self, other: Sequence) -> None:
+        """Continue as a copy of ``other``, in this sequence's own row."""
+        self.output_ids = list(other.output_ids)
+        self.logprobs = list(other.logprobs)
+        self.cumulative_logprob = other.cumulative_logprob
+        self.num_computed = other.num_computed
+        self.grammar = other.grammar.copy() if other.grammar else None
+
     def append(self, token: SampledToken) -> None:
         self.output_ids.append(token.token_id)
+        self.cumulative_logprob += token.logprob
         if token.logprobs:
             self.logprobs.append(token.logprobs)
-            self.cumulative_logprob += token.logprobs[0].logprob
+        if self.grammar is not None:
+            self.grammar.accept(token.token_id)
 
 
 @dataclass(eq=False)
@@ -96,6 +124,7 @@ class RequestState:
     """One request inside the engine. Times are ``time.monotonic`` seconds; 0.0 until they happened.
 
     ``source_ids`` are for the encoder, which reads them whole before the prompt is computed; empty for a model without.
+    ``arrival`` is the request's place in the order of arrival, ``num_overtaken`` how often a later one started first.
     """
 
     request: GenerateRequest
@@ -103,6 +132,18 @@ class RequestState:
     sink: ResponseSink
     arrived_s: float
     source_ids: tuple[int, ...] = ()
+    adapter: AdapterRef | None = None
+    search: BeamSearch | None = None
+    beams: list[Sequence] = field(default_factory=list)
+    hypotheses: tuple[Sequence, ...] = ()
+    prompt_logprobs: list[tuple[TokenLogprob, ...] | None] = field(default_factory=list)
+    arrival: int = -1
+    has_started: bool = False
+    num_overtaken: int = 0
+    num_preemptions: int = 0
+    num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -116,14 +157,23 @@ class RequestState:
         sink: ResponseSink,
         now_s: float,
         source_ids: tuple[int, ...] = (),
+        grammar: GrammarState | None = None,
+        adapter: AdapterRef | None = None,
     ) -> RequestState:
         params = request.params
-        sequences = tuple(Sequence(index, prompt_ids, params) for index in range(params.n))
+        sequences = tuple(
+            Sequence(index, prompt_ids, params, grammar.copy() if grammar else None)
+            for index in range(params.num_sequences)
+        )
         deadline_s = now_s + params.timeout_ms / 1000 if params.timeout_ms else float("inf")
-        state = cls(request, sequences, sink, arrived_s=now_s, source_ids=source_ids, deadline_s=deadline_s)
+        state = cls(request, sequences, sink, now_s, source_ids, adapter, deadline_s=deadline_s)
         for sequence in sequences:
             sequence.state = state
         return state
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
 
     @property
     def lead(self) -> Sequence:
@@ -140,5 +190,28 @@ class RequestState:
         return len(self.source_ids) or self.num_prompt_tokens
 
     @property
+    def num_output_tokens(self) -> int:
+        return sum(len(sequence.output_ids) for sequence in self.returned)
+
+    @property
+    def decoding(self) -> tuple[Sequence, ...]:
+        """Sequences that get a token in every step, once the prompt is computed."""
+        if self.params.is_beam:
+            return tuple(self.beams)
+        return tuple(sequence for sequence in self.sequences if not sequence.is_finished)
+
+    @property
     def is_finished(self) -> bool:
+        if self.search is not None:
+            return self.search.is_finished
         return all(sequence.is_finished for sequence in self.sequences)
+
+    @property
+    def returned(self) -> tuple[Sequence, ...]:
+        """What the client gets: the best hypotheses, the ``n`` best of ``best_of``, or every sequence."""
+        if self.params.is_beam:
+            return self.hypotheses
+        if len(self.sequences) == self.params.n:
+            return self.sequences
+        best = sorted(self.sequences, key=lambda sequence: -sequence.cumulative_logprob)
+        return tuple(best[: self.params.n])

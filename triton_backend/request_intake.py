@@ -1,0 +1,133 @@
+"""From a parsed request to one that the engine can run: tokens, limits, grammar, adapter, beams.
+
+Everything here runs on the thread that submits, so that neither a long prompt nor a hard grammar holds up the engine.
+What can never succeed is refused with InvalidRequest.
+"""
+
+from __future__ import annotations
+
+import time
+
+from triton_backend.adapter_store import AdapterStore
+from triton_backend.beam_search import BeamSearch
+from triton_backend.config import VersionConfig
+from triton_backend.errors import InvalidRequest
+from triton_backend.grammars import GrammarCompiler
+from triton_backend.protocol import GenerateRequest
+from triton_backend.sequence import RequestState, ResponseSink
+from triton_backend.tokenizer import Tokenizer
+
+MAX_PROBE_TOKENS = 16
+
+
+class RequestIntake:
+    """Safe to use from any thread; keeps nothing of a request."""
+
+    def __init__(
+        self, config: VersionConfig, tokenizer: Tokenizer, grammars: GrammarCompiler, adapters: AdapterStore
+    ) -> None:
+        self._model = config.model
+        self._engine = config.engine
+        self._tokenizer = tokenizer
+        self._grammars = grammars
+        self._adapters = adapters
+
+    def prepare(self, request: GenerateRequest, sink: ResponseSink) -> RequestState:
+        """Raises InvalidRequest naming what is wrong, its value and what is allowed."""
+        params, model = request.params, self._model
+        arrived_s = time.monotonic()
+        input_ids = self._input_ids(request)
+        self._check_input(request, input_ids)
+        prompt_ids, source_ids = input_ids, ()
+        if model.kind == "encoder_decoder":
+            assert model.decoder_start_token_id is not None
+            prompt_ids, source_ids = (model.decoder_start_token_id, *params.decoder_input_ids), input_ids
+        self._check_prompt(request, prompt_ids)
+        state = RequestState.create(
+            request,
+            prompt_ids,
+            sink,
+            arrived_s,
+            source_ids=source_ids,
+            grammar=self._grammars.compile(params.grammar) if params.grammar else None,
+            adapter=self._adapter(params.adapter),
+        )
+        if params.is_beam:
+            state.search = BeamSearch(params, self._end_token_ids(request), self._max_new_tokens(request, prompt_ids))
+        return state
+
+    def _input_ids(self, request: GenerateRequest) -> tuple[int, ...]:
+        params = request.params
+        limit = self._input_limit(request)
+        if request.text is None:
+            ids = request.input_ids
+        else:
+            ids = self._tokenizer.encode(request.text, None if params.truncate_prompt_tokens else limit)
+        if params.truncate_prompt_tokens is None:
+            return ids
+        num_kept = params.truncate_prompt_tokens
+        return ids[-(limit if num_kept < 0 else num_kept) :]
+
+    def _input_limit(self, request: GenerateRequest) -> int:
+        """The longest input, in tokens, that leaves room for what is asked for."""
+        if self._model.kind == "encoder_decoder":
+            return self._engine.max_source_len
+        num_new = request.params.max_tokens if request.params.truncate_prompt_tokens == -1 else 1
+        return max(1, self._engine.max_model_len - num_new)
+
+    def _check_input(self, request: GenerateRequest, input_ids: tuple[int, ...]) -> None:
+        if not input_ids:
+            raise InvalidRequest("the prompt is empty; expected at least one token of text_input or input_ids")
+        if self._model.kind == "encoder_decoder" and len(input_ids) > self._engine.max_source_len:
+            raise InvalidRequest(
+                f"the source text has {len(input_ids)} tokens, but the model reads at most "
+                f"{self._engine.max_source_len} tokens (max_source_len); shorten the text"
+            )
+        _check_ids("input_ids", input_ids, self._model.source_vocab_size or self._model.vocab_size)
+        if request.health_probe and len(input_ids) > MAX_PROBE_TOKENS:
+            raise InvalidRequest(
+                f"health_probe has a prompt of {len(input_ids)} tokens; expected at most {MAX_PROBE_TOKENS}"
+            )
+
+    def _check_prompt(self, request: GenerateRequest, prompt_ids: tuple[int, ...]) -> None:
+        params, limit, num_rows = request.params, self._engine.max_model_len, self._engine.max_num_seqs
+        if params.decoder_input_ids and self._model.kind != "encoder_decoder":
+            raise InvalidRequest("decoder_input_ids is given, but this model has no encoder; put them into the prompt")
+        _check_ids("decoder_input_ids", params.decoder_input_ids, self._model.vocab_size)
+        if len(prompt_ids) >= limit:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt_ids)} tokens, but the model's context is {limit} tokens and must hold at "
+                "least one new token; shorten the prompt"
+            )
+        if params.min_tokens > limit - len(prompt_ids):
+            raise InvalidRequest(
+                f"min_tokens has value {params.min_tokens}, but after a prompt of {len(prompt_ids)} tokens the model's "
+                f"context of {limit} has room for {limit - len(prompt_ids)}"
+            )
+        if params.num_sequences > num_rows:
+            name = "beam_width" if params.is_beam else "best_of" if params.best_of else "n"
+            raise InvalidRequest(
+                f"{name} has value {params.num_sequences}; this model runs at most {num_rows} sequences"
+            )
+
+    def _adapter(self, name: str | None):
+        if name is None:
+            return None
+        if self._model.lora is None:
+            raise InvalidRequest(
+                f"adapter has value {name!r:.140}, but this version has no slots for adapters; export it with --lora-slots"
+            )
+        return self._adapters.open(name)
+
+    def _end_token_ids(self, request: GenerateRequest) -> frozenset[int]:
+        params = request.params
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._model.eos_token_ids)
+
+    def _max_new_tokens(self, request: GenerateRequest, prompt_ids: tuple[int, ...]) -> int:
+        return min(request.params.max_tokens, self._engine.max_model_len - len(prompt_ids))
+
+
+def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise InvalidRequest(f"{name} has value {bad}; expected token ids from 0 to {vocab_size - 1}")
