@@ -84,14 +84,16 @@ class CacheManager:
 
     def allocate(self, sequence: Sequence) -> list[RowCopy]:
         """Give ``sequence`` the lowest free row; the caller has checked ``num_free``. The copies come first."""
+        row, _ = self._best_match(sequence)
+        if row in self._contents:  # so that it is not the one to make way for others
+            self._contents[row].used = self._tick()
         row = sequence.row = heapq.heappop(self._free)
         self._owners[row] = sequence
         content = self._contents.pop(row, None)
         if content is None:
             return []
         # What the row holds may be just what this sequence needs: then it stays.
-        is_first_use = sequence is sequence.state.lead and sequence.num_computed == 0
-        if is_first_use and (length := self._usable_length(sequence, content)):
+        if sequence is sequence.state.lead and sequence.num_computed == 0 and (length := self._usable_length(sequence, content)):
             sequence.num_computed = length
             if length == len(content.token_ids):
                 return []
@@ -99,17 +101,11 @@ class CacheManager:
 
     def share_prefix(self, sequence: Sequence) -> RowCopy | None:
         """The copy that saves ``sequence``, whose prompt is to be computed next, the most; None if there is none."""
-        best_row, best_length = -1, sequence.num_computed
-        for row, content in self._all_contents():
-            length = self._usable_length(sequence, content)
-            if row != sequence.row and length > best_length:
-                best_row, best_length = row, length
-        if best_row < 0:
+        row, length = self._best_match(sequence)
+        if length <= sequence.num_computed:
             return None
-        if best_row in self._contents:
-            self._contents[best_row].used = self._tick()
-        copy = RowCopy(best_row, sequence.row, sequence.num_computed, best_length)
-        sequence.num_computed = best_length
+        copy = RowCopy(row, sequence.row, sequence.num_computed, length)
+        sequence.num_computed = length
         return copy
 
     def release(self, sequence: Sequence) -> int:
@@ -166,6 +162,16 @@ class CacheManager:
             for _, other in self._all_contents()
             if other is not content
         )
+
+    def _best_match(self, sequence: Sequence) -> tuple[int, int]:
+        """The row, other than its own, that holds most of a sequence's prompt, and how many tokens; 0 if none does."""
+        matches = [
+            (self._usable_length(sequence, content), row)
+            for row, content in self._all_contents()
+            if row != sequence.row
+        ]
+        length, row = max(matches, default=(0, -1))
+        return row, length
 
     def _all_contents(self) -> Iterator[tuple[int, RowContent]]:
         yield from self._contents.items()

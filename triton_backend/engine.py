@@ -32,6 +32,7 @@ from triton_backend.request_intake import RequestIntake
 from triton_backend.sampler import Sampler
 from triton_backend.scheduler import PrefillChunk, Scheduler, Start, StepPlan
 from triton_backend.sequence import FinishReason, RequestState, ResponseSink, SampledToken, Sequence
+from triton_backend.speculator import Speculator
 from triton_backend.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -78,10 +79,12 @@ class Engine:
             max_logits_positions=max(2, LOGITS_BYTES // (4 * model.vocab_size)),
         )
         self._sampler = Sampler(model, tokenizer)
+        self._speculator = Speculator(config, runner)
         self._metrics = EngineMetrics(metric_sink or NoMetrics(), engine.max_num_seqs, engine.max_model_len)
         self._outputs: dict[RequestState, RequestOutput] = {}
         self._saved: dict[Sequence, SavedRow] = {}
         self._inbox: queue.SimpleQueue[Submit | Stop] = queue.SimpleQueue()
+        self._num_generated = 0
         self._is_stopping = False
         self._next_poll_s = 0.0
         self._next_poll_waiting_s = 0.0
@@ -120,10 +123,11 @@ class Engine:
         """Advance every scheduled sequence by one chunk or one token."""
         plan = self._scheduler.schedule()
         self._arrange(plan)
-        ready = [*self._decode(plan), *self._prefill(plan)]
+        speculated = self._speculate(plan)
+        ready = [*([] if speculated else self._decode(plan)), *self._prefill(plan)]
         self._sample([sequence for sequence in ready if not sequence.params.is_beam])
-        self._advance_beams([sequence.state for sequence in ready if sequence.params.is_beam])
-        self._update(plan, ready)
+        self._advance_beams(sequence.state for sequence in ready if sequence.params.is_beam)
+        self._update(plan, [*speculated, *ready])
 
     def _arrange(self, plan: StepPlan) -> None:
         """Copy rows out, about and in, so that everything is where the plan says."""
@@ -151,6 +155,20 @@ class Engine:
                 self._runner.set_adapter(sequence.row, slot)
             if sequence in self._saved:
                 self._runner.restore_row(sequence.row, self._saved.pop(sequence))
+
+    def _speculate(self, plan: StepPlan) -> list[Sequence]:
+        """Several tokens at once for a sequence that decodes alone, if they can be guessed; returns it if so."""
+        if not self._config.engine.num_speculative_tokens or len(plan.decodes) != 1:
+            return []
+        (sequence,) = plan.decodes
+        if not sequence.params.is_greedy or sequence.grammar is not None or self._sampler.needs_logits(sequence):
+            return []
+        for token_id in (chosen := self._speculator.propose(sequence)):
+            sequence.num_computed = sequence.num_tokens
+            self._append(sequence, SampledToken(token_id))
+            if sequence.is_finished:
+                break
+        return [sequence] if chosen else []
 
     def _decode(self, plan: StepPlan) -> tuple[Sequence, ...]:
         """One token for every running sequence; returns those whose next token can be chosen now."""
@@ -197,6 +215,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         """Add a token and its text, and see whether the sequence ends with it."""
         sequence.append(token)
+        self._num_generated += 1
         is_end_token = self._is_end_token(sequence)
         is_last = (
             len(sequence.output_ids) >= sequence.params.max_tokens
@@ -223,6 +242,7 @@ class Engine:
             output = self._outputs[state]
             for copy in beam_rows.advance(state, candidates, output.completes_stop, self._sampler.fork):
                 self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
+            self._num_generated += len(state.beams)
 
     def _update(self, plan: StepPlan, ready: list[Sequence]) -> None:
         """Free the rows of what ended, send what is due, and forget finished requests."""
@@ -240,7 +260,8 @@ class Engine:
                 self._metrics.request_finished(state)
             if response is not None:
                 state.sink.send(response)
-        self._metrics.count_step(plan, len(ready))
+        self._metrics.count_step(plan, self._num_generated)
+        self._num_generated = 0
         self._update_load()
 
     def _free(self, sequences: Iterable[Sequence]) -> None:

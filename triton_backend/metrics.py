@@ -122,10 +122,6 @@ class EngineMetrics:
             if count:
                 self._sink.record(spec, count)
 
-    def count_drafts(self, num_drafted: int, num_accepted: int) -> None:
-        self._sink.record(DRAFT_TOKENS, num_drafted)
-        self._sink.record(ACCEPTED_TOKENS, num_accepted)
-
     def request_finished(self, state: RequestState) -> None:
         record = self._sink.record
         decode_s = state.last_token_s - state.first_token_s
@@ -137,6 +133,9 @@ class EngineMetrics:
         record(REQUEST_PROMPT_TOKENS, state.num_input_tokens)
         record(REQUEST_GENERATION_TOKENS, state.num_output_tokens)
         record(REQUEST_N, state.params.n)
+        if state.num_draft_tokens:
+            record(DRAFT_TOKENS, state.num_draft_tokens)
+            record(ACCEPTED_TOKENS, state.num_accepted_tokens)
         longest = max(len(sequence.output_ids) for sequence in state.returned)
         if longest > 1:
             record(INTER_TOKEN_LATENCY, decode_s / (longest - 1))

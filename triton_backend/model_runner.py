@@ -113,6 +113,13 @@ class ModelRunner:
             kept[row] = output[-1]
         return outputs
 
+    def verify(self, row: int, token_ids: Iterable[int], start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute positions ``start``… of ``row``; returns the top logits and ids (S, K) of every one."""
+        ids = np.fromiter(token_ids, dtype=np.int64)
+        outputs = self._new_outputs(len(ids), self._model)
+        self._run_row(row, ids, start, 0, outputs, want_logits=False)
+        return outputs.top_logits, outputs.top_ids
+
     def decode(self, tokens: Iterable[DecodeToken], want_logits: bool) -> None:
         """Compute one token for each named row, in one run over rows 0…highest.
 
