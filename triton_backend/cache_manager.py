@@ -186,15 +186,12 @@ class CacheManager:
         return RowContent(token_ids, sequence.state.adapter, self._tick())
 
     def _usable_length(self, sequence: Sequence, content: RowContent) -> int:
-        """How much of ``content`` ``sequence`` can use for its prompt; 0 if too little.
-
-        Two tokens are left to compute at least: attention takes another path for a single one, with other last bits.
-        """
+        """How much of ``content`` ``sequence`` can use for its prompt, which leaves one token to compute; 0 if too little."""
         state = sequence.state
         # Log probabilities of the prompt need every position computed.
         if content.adapter != state.adapter or state.source_ids or state.params.prompt_logprobs is not None:
             return 0
-        limit = min(len(content.token_ids), sequence.num_prompt_tokens - 2)
+        limit = min(len(content.token_ids), sequence.num_prompt_tokens - 1)
         length = common_prefix_length(sequence.prompt_ids, content.token_ids, limit)
         return length if length >= MIN_SHARED_TOKENS else 0
 

@@ -25,8 +25,6 @@ FORMAT = 1
 KINDS = ("decoder", "encoder_decoder", "encoder")
 CACHE_TYPES = ("fp32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
-MIN_CHUNK_BUDGET = 3
-"""With it, a chunk of two tokens or more can be cut from a prompt of any length."""
 POOLINGS = ("mean", "cls", "last", "max")
 
 
@@ -164,13 +162,12 @@ class EngineConfig:
         for name in ("num_threads", "max_source_len", "num_speculative_tokens"):
             if getattr(self, name) < 0:
                 raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected a whole number ≥ 0")
-        # A step must always have room for one useful prefill chunk beside all decoding rows.
-        for name, least in (
-            ("max_num_batched_tokens", self.max_num_seqs + MIN_CHUNK_BUDGET),
-            ("long_prefill_token_threshold", MIN_CHUNK_BUDGET),
-        ):
-            if getattr(self, name) < least:
-                raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected at least {least}")
+        # A step must always have room for prompt tokens beside all decoding rows.
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise VersionFolderError(
+                f"max_num_batched_tokens has value {self.max_num_batched_tokens}; expected at least "
+                f"max_num_seqs + 1 = {self.max_num_seqs + 1}"
+            )
         for name in ("enable_prefix_caching", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise VersionFolderError(f"{name} has value {getattr(self, name)!r}; expected true or false")

@@ -32,6 +32,11 @@ PRECISIONS = {"cpu": ("fp32", "fp16", "int8", "int4"), "cuda": ("fp16", "bf16", 
 CACHES = {"cpu": ("fp32", "fp16"), "cuda": ("fp16", "bf16")}
 """What the attention kernels of each device take."""
 
+QUERY_BLOCK = 16
+"""Attention takes queries in blocks of a multiple of this, and a block of one query, like a run of one token, by another
+path with other last bits. A token behind the last one, which the next real one overwrites, keeps every prompt on one
+path, so that its keys and values never depend on how it was cut into chunks."""
+
 
 class DecodeToken(NamedTuple):
     """The newest token of the sequence in ``row``, at ``position`` (0-based)."""
@@ -181,17 +186,20 @@ class ModelRunner:
         self, row: int, ids: np.ndarray, start: int, first_position: int, outputs: Outputs, want_logits: bool
     ) -> None:
         """Compute ``ids`` (S) at ``start``… of ``row``; ``outputs`` are those of positions ``first_position``…S − 1."""
+        num_new = len(ids)
+        if num_new % QUERY_BLOCK == 1:
+            ids = np.append(ids, 0)
         end = start + len(ids)
         host = {
             "input_ids": ids[None, :],
             "position_ids": np.arange(start, end, dtype=np.int64)[None, :],
             "seqlens_k": np.array([end - 1], dtype=np.int32),
-            "logits_index": np.arange(first_position, len(ids), dtype=np.int64),
+            "logits_index": np.arange(first_position, num_new, dtype=np.int64),
         }
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in host.items()}
         inputs["total_sequence_length"] = torch.tensor(end, dtype=torch.int32)
         self._session.run_with_iobinding(self._bind(inputs, row, 1, outputs, want_logits))
-        self._lengths[row] = end
+        self._lengths[row] = start + num_new
 
     def _step_binding(self, num_rows: int, want_logits: bool) -> onnxruntime.IOBinding:
         key = (num_rows, want_logits)

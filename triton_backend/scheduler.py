@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 
 from triton_backend.adapter_manager import AdapterManager, AdapterPlacement
 from triton_backend.cache_manager import CacheManager, RowCopy, RowMove
-from triton_backend.config import MIN_CHUNK_BUDGET, EngineConfig
+from triton_backend.config import EngineConfig
 from triton_backend.sequence import RequestState, Sequence
 
 MAX_OVERTAKEN = 64
-MIN_CHUNK_TOKENS = 2
-"""Attention takes its decode path for a single token, whose last bits differ from the prefill path's."""
 
 
 @dataclass(frozen=True)
@@ -254,9 +252,7 @@ class Scheduler:
     def _plan_prefills(self, budget: int) -> tuple[PrefillChunk, ...]:
         chunks: list[PrefillChunk] = []
         for state in self._prefilling:
-            if budget < MIN_CHUNK_BUDGET:
-                break
-            chunk = self._next_chunk(state, budget, is_first=not chunks)
+            chunk = self._next_chunk(state, budget, is_first=not chunks) if budget > 0 else None
             if chunk is None:
                 break
             chunks.append(chunk)
@@ -276,7 +272,7 @@ class Scheduler:
         state.has_started = True
         if state.params.prompt_logprobs is not None:
             budget = min(budget, self._max_logits_positions)
-        chunk = PrefillChunk(state, lead.num_computed, chunk_length(lead.num_prefill_tokens_left, budget), prefix)
+        chunk = PrefillChunk(state, lead.num_computed, min(lead.num_prefill_tokens_left, budget), prefix)
         lead.num_computed += chunk.length
         return chunk
 
@@ -291,14 +287,3 @@ def _is_starving(state: RequestState) -> bool:
 
 def _num_rows(state: RequestState) -> int:
     return sum(not sequence.is_finished for sequence in state.sequences)
-
-
-def chunk_length(num_left: int, budget: int) -> int:
-    """Tokens of a prompt to compute now, given ``num_left`` to go; 0 if the budget is too small.
-
-    No chunk but that of a one-token prompt has length 1: the same prompt must give the same bits however it is cut.
-    """
-    if num_left <= budget:
-        return num_left
-    length = budget - 1 if num_left - budget == 1 else budget
-    return length if length >= MIN_CHUNK_TOKENS else 0

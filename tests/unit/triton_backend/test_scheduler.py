@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_backend.config import EngineConfig
-from triton_backend.scheduler import MAX_OVERTAKEN, chunk_length
+from triton_backend.scheduler import MAX_OVERTAKEN
 from triton_backend.sequence import FinishReason
 
 from .rows_in_words import DrivenScheduler, request
@@ -139,16 +139,6 @@ def test_a_source_longer_than_the_budget_is_encoded_whole_in_a_step_that_encodes
     assert len(plan.decodes) == 2, "running streams go on beside it"
 
 
-@given(num_left=st.integers(1, 5000), budget=st.integers(0, 5000))
-def test_no_chunk_has_length_one_unless_the_prompt_does(num_left, budget):
-    length = chunk_length(num_left, budget)
-    assert length <= budget
-    assert length != 1 or num_left == 1
-    assert num_left - length != 1 or length == 0
-    if budget >= 3:
-        assert length > 0
-
-
 def test_a_request_of_more_urgency_takes_the_rows_of_the_least_urgent_newest_one():
     scheduler = DrivenScheduler(config(max_num_seqs=2, max_num_batched_tokens=64))
     rows = scheduler.rows
@@ -196,7 +186,7 @@ def test_a_request_that_was_overtaken_often_is_next_and_keeps_its_rows():
     assert not scheduler.schedule().saves, "it is not preempted again"
 
 
-def test_a_prompt_takes_what_another_row_holds_of_it_and_computes_two_tokens_at_least():
+def test_a_prompt_takes_what_another_row_holds_of_it_and_computes_one_token_at_least():
     scheduler = DrivenScheduler(config(max_num_batched_tokens=64))
     rows = scheduler.rows
     first, again, longer = request(30), request(30), request(40)
@@ -206,8 +196,8 @@ def test_a_prompt_takes_what_another_row_holds_of_it_and_computes_two_tokens_at_
         plan = scheduler.schedule()
         lengths.append([chunk.length for chunk in plan.prefills])
         rows.run(plan)
-    assert lengths == [[30], [2], [10]]
-    assert (first.num_cached_tokens, again.num_cached_tokens, longer.num_cached_tokens) == (0, 28, 30)
+    assert lengths == [[30], [1], [10]]
+    assert (first.num_cached_tokens, again.num_cached_tokens, longer.num_cached_tokens) == (0, 29, 30)
 
 
 def test_two_requests_that_arrive_together_share_their_prompt():
@@ -215,7 +205,7 @@ def test_two_requests_that_arrive_together_share_their_prompt():
     for _ in range(2):
         scheduler.add(request(30))
     plan = scheduler.schedule()
-    assert [chunk.length for chunk in plan.prefills] == [30, 2]
+    assert [chunk.length for chunk in plan.prefills] == [30, 1]
     run(scheduler, plan)
 
 
@@ -229,7 +219,7 @@ def test_what_a_finished_request_left_is_found_after_its_row_was_given_away():
     for word in range(3):
         scheduler.add(state := request(30, word=word))
         rows.run(scheduler.schedule())
-        assert state.num_cached_tokens == 28, word
+        assert state.num_cached_tokens == 29, word
         finish(scheduler, state)
 
 
@@ -276,7 +266,7 @@ def test_any_schedule_keeps_rows_and_requests_whole_and_computes_every_token_aft
         assert computed <= 12
         assert computed + encoded <= 12 or (encoded and len(plan.prefills) == 1)
         assert all(chunk.is_last for chunk in plan.prefills if chunk.state.source_ids)
-        assert all(chunk.length > 1 or chunk.state.num_prompt_tokens == 1 for chunk in plan.prefills)
+        assert all(chunk.length > 0 for chunk in plan.prefills)
         assert computed > 0 or not alive
         rows.run(plan)
 
