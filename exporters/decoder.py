@@ -67,8 +67,8 @@ class HeadIndex:
         assert self.index is not None
         self.num_calls += 1
         hidden = args[0]
-        index = self.index.reshape(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-        return (torch.gather(hidden, 1, index), *args[1:])  # (B, 1, E)
+        picked = torch.index_select(hidden.reshape(-1, hidden.shape[-1]), 0, self.index)
+        return (picked.unsqueeze(1), *args[1:])  # (N, 1, E)
 
 
 class DecoderStep(torch.nn.Module):
@@ -218,7 +218,7 @@ def trace(model: PreTrainedModel, layers: Sequence[LayerShape], num_top_logits: 
         "position_ids": torch.arange(num_tokens).expand(num_rows, -1).clone(),
         "seqlens_k": torch.full((num_rows,), num_tokens - 1, dtype=torch.int32),
         "total_sequence_length": torch.tensor(num_tokens, dtype=torch.int32),
-        "logits_index": torch.full((num_rows,), num_tokens - 1, dtype=torch.int64),
+        "logits_index": torch.arange(num_rows * num_tokens - 2),
         "past_key_values": [
             tuple(torch.zeros(num_rows, layer.num_kv_heads, max_len, layer.head_size) for _ in ("key", "value"))
             for layer in layers
@@ -230,7 +230,7 @@ def trace(model: PreTrainedModel, layers: Sequence[LayerShape], num_top_logits: 
         "position_ids": {0: "batch", 1: "sequence"},
         "seqlens_k": {0: "batch"},
         "total_sequence_length": {},
-        "logits_index": {0: "batch"},
+        "logits_index": {0: "positions"},
         "past_key_values": [(cache_axes, cache_axes) for _ in layers],
     }
     cache_names = [f"{{}}.{layer}.{part}" for layer in range(len(layers)) for part in ("key", "value")]

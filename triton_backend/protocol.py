@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triton_backend.errors import InvalidRequest
-from triton_backend.sampling_params import FIELDS, UNSUPPORTED, SamplingParams
+from triton_backend.sampling_params import ALIASES, FIELDS, OTHER_PARAMETERS, UNSUPPORTED, SamplingParams
 
 MAX_PROMPT_BYTES = 4 << 20
+MAX_PARAMETERS_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,20 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("seed", "TYPE_UINT64", (1,), "same seed, same tokens"),
     TensorSpec("stop", "TYPE_STRING", (-1,), "strings that end the output"),
     TensorSpec("stop_words", "TYPE_STRING", (-1,), "same as stop"),
-    TensorSpec("bad_words", "TYPE_STRING", (-1,), "refused unless empty"),
+    TensorSpec("bad_words", "TYPE_STRING", (-1,), "strings that never occur in the output"),
     TensorSpec("end_id", "TYPE_INT32", (1,), "one more token id that ends the output"),
     TensorSpec("pad_id", "TYPE_INT32", (1,), "ignored: rows are never padded"),
     TensorSpec("num_return_sequences", "TYPE_INT32", (1,), "same as n"),
-    TensorSpec("beam_width", "TYPE_INT32", (1,), "refused unless 0 or 1"),
-    TensorSpec("length_penalty", "TYPE_FP32", (1,), "ignored: only beams use it"),
+    TensorSpec("beam_width", "TYPE_INT32", (1,), "beams to search; 0 or 1 is none"),
+    TensorSpec("length_penalty", "TYPE_FP32", (1,), "exponent of a beam's length, by which its score is divided"),
+    TensorSpec("early_stopping", "TYPE_BOOL", (1,), "end when beam_width beams have ended"),
+    TensorSpec("beam_search_diversity_rate", "TYPE_FP32", (1,), "same as diversity_penalty"),
+    TensorSpec("guided_decoding_guide", "TYPE_STRING", (1,), "grammar that the output must follow"),
+    TensorSpec("guided_decoding_guide_type", "TYPE_STRING", (1,), "json, json_schema, regex or ebnf_grammar"),
+    TensorSpec("lora_name", "TYPE_STRING", (1,), "adapter to use"),
+    TensorSpec("decoder_input_ids", "TYPE_INT32", (-1,), "how an encoder–decoder's output begins"),
     TensorSpec("return_log_probs", "TYPE_BOOL", (1,), "same as return_logprobs"),
+    TensorSpec("return_sequence_scores", "TYPE_BOOL", (1,), "adds sequence_scores"),
 )
 
 OUTPUTS: tuple[TensorSpec, ...] = (
@@ -92,8 +100,15 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "request_metrics",
         "TYPE_STRING",
         (1,),
-        "JSON: queue_s, prefill_s, decode_s, cached_tokens, engine_uptime_s, digest",
+        "JSON: queue_s, prefill_s, decode_s, cached_tokens, preemptions, accepted_draft_tokens, engine_uptime_s, digest",
     ),
+    TensorSpec(
+        "prompt_logprobs",
+        "TYPE_STRING",
+        (1,),
+        "with the parameter of that name, once: JSON list, null and then as logprobs, one per further prompt token",
+    ),
+    TensorSpec("sequence_scores", "TYPE_FP32", (-1,), "beams: cumulative_logprob / length ** length_penalty"),
 )
 
 _INPUT_BY_NAME = {spec.name: spec for spec in INPUTS}
@@ -123,6 +138,7 @@ class GenerateRequest:
     return_num_output_tokens: bool = False
     return_token_ids: bool = False
     return_metrics: bool = False
+    return_sequence_scores: bool = False
     health_probe: bool = False
 
 
@@ -141,7 +157,7 @@ class SequenceOutput:
     """What one of a request's n sequences has new since the last response (everything, when not streaming).
 
     ``logprobs`` holds one tuple per new token, the chosen token first. ``finish_reason`` is None while it runs, then
-    ``stop`` or ``length``.
+    ``stop`` or ``length``. ``score`` is a beam's, with its length penalty.
     """
 
     index: int
@@ -150,11 +166,15 @@ class SequenceOutput:
     finish_reason: str | None = None
     cumulative_logprob: float = 0.0
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class GenerateResponse:
-    """One message to the client; ``finished`` on the last. An ``error`` (``CODE: message``) is always the last."""
+    """One message to the client; ``finished`` on the last. An ``error`` (``CODE: message``) is always the last.
+
+    ``prompt_logprobs`` come once, with the first response: None for the first token, then one tuple per token.
+    """
 
     request_id: str
     outputs: tuple[SequenceOutput, ...] = ()
@@ -162,6 +182,7 @@ class GenerateResponse:
     finished: bool = False
     metrics: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
 
 
 def parse_request(
@@ -208,6 +229,10 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
         tensors["num_output_tokens"] = [len(output.token_ids) for output in outputs]
     if request.return_token_ids:
         tensors["output_ids"] = [token_id for output in outputs for token_id in output.token_ids]
+    if request.return_sequence_scores:
+        tensors["sequence_scores"] = [output.score or 0.0 for output in outputs]
+    if response.prompt_logprobs is not None:
+        tensors["prompt_logprobs"] = [json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])]
     if request.return_metrics and response.finished:
         tensors["request_metrics"] = [json.dumps(dict(response.metrics))]
     return tensors
@@ -220,7 +245,7 @@ def _logprobs_json(alternatives: tuple[TokenLogprob, ...]) -> dict[str, dict[str
 
 
 def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    known = set(FIELDS) | set(UNSUPPORTED) | set(_PARAMETER_INPUTS)
+    known = {*FIELDS, *ALIASES, *OTHER_PARAMETERS, *UNSUPPORTED, *_PARAMETER_INPUTS}
     values = {name: value for name, value in parameters.items() if name in known}
     if "sampling_parameters" in tensors:
         values.update(_sampling_parameters(_single("sampling_parameters", tensors["sampling_parameters"])))
@@ -235,6 +260,8 @@ def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[
 
 
 def _sampling_parameters(encoded: bytes | str) -> dict[str, Any]:
+    if len(encoded) > MAX_PARAMETERS_BYTES:
+        raise InvalidRequest(f"sampling_parameters has {len(encoded)} bytes; expected at most {MAX_PARAMETERS_BYTES}")
     text = _decode("sampling_parameters", encoded)
     try:
         values = json.loads(text) if text.strip() else {}
@@ -276,6 +303,12 @@ def _check(request: GenerateRequest, tensors: Mapping[str, Sequence[Any]]) -> No
         raise InvalidRequest("text_input is missing; expected text_input or input_ids")
     if request.text is not None and "input_ids" in tensors:
         raise InvalidRequest("text_input and input_ids are both given; expected one of them")
+    params = request.params
+    if request.stream and (params.best_of or params.n) > params.n:
+        raise InvalidRequest(
+            f"best_of has value {params.best_of} and stream is true, but which {params.n} are best is known at the end only; "
+            "leave one of them out"
+        )
     if request.stream and tensors.get("exclude_input_in_output") and not request.exclude_input_in_output:
         raise InvalidRequest("exclude_input_in_output is false, but streams never repeat the prompt; leave it out")
     if request.health_probe and (request.params.max_tokens != 1 or request.params.n != 1):

@@ -169,6 +169,8 @@ class RequestState:
         state = cls(request, sequences, sink, now_s, source_ids, adapter, deadline_s=deadline_s)
         for sequence in sequences:
             sequence.state = state
+        if params.prompt_logprobs is not None:
+            state.prompt_logprobs.append(None)  # nothing predicts the first token
         return state
 
     @property

@@ -52,7 +52,7 @@ def beams(client, prompt_ids, **params):
 
 def same(found, expected):
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4)
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])

@@ -61,7 +61,7 @@ def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
         ("engine", "max_model_length", 7, "unknown EngineConfig key 'max_model_length'; known keys are"),
         ("engine", "max_num_seqs", 0, "max_num_seqs has value 0; expected a whole number ≥ 1"),
         ("engine", "max_num_seqs", "many", "max_num_seqs has value 'many'"),
-        ("engine", "max_num_batched_tokens", 33, "expected at least max_num_seqs + 2 = 34"),
+        ("engine", "max_num_batched_tokens", 32, "expected at least max_num_seqs + 1 = 33"),
         ("engine", "num_threads", -1, "num_threads has value -1"),
         ("model", "layers", [], "layers is empty"),
         ("model", "kind", "decoder-only", "kind has value 'decoder-only'; expected one of decoder, encoder_decoder"),

@@ -16,7 +16,8 @@ from triton_backend.protocol import (
     parse_request,
     response_tensors,
 )
-from triton_backend.sampling_params import FIELDS, UNSUPPORTED, Flag, Number, SamplingParams, Texts, TokenIds
+from triton_backend.parameter_kinds import Flag, Number, Texts, TokenIds
+from triton_backend.sampling_params import FIELDS, UNSUPPORTED, SamplingParams
 
 pytestmark = pytest.mark.unit
 
@@ -95,7 +96,6 @@ def test_a_known_parameter_that_cannot_be_honoured_is_refused_unless_it_asks_for
         ({"stop": [b"\xff"]}, "stop is not valid UTF-8"),
         ({"stream": [True], "exclude_input_in_output": [False]}, "streams never repeat the prompt"),
         ({"min_tokens": [9], "max_tokens": [3]}, "min_tokens has value 9; expected at most max_tokens = 3"),
-        ({"beam_width": [4]}, "beam_width has value 4, but this engine does not support it"),
         ({"health_probe": [True], "max_tokens": [2]}, "health_probe needs max_tokens = 1"),
     ],
 )
