@@ -94,13 +94,13 @@ class Sampler:
     def _choose(self, row: torch.Tensor | None, head: Head, sequence: Sequence) -> int:
         if sequence.params.is_greedy:
             return int(head.ids[0])
-        return draw(row, head, sequence.params, sequence.rng.random())
+        return draw(row, head, sequence.params, sequence.rng)
 
     def _candidates(self, beam: Sequence, head: Head, num: int, raw: torch.Tensor) -> list[Candidate]:
         params = beam.params
         if (forced_id := self._forced_id(beam)) is not None:
             return [Candidate(forced_id, 0.0, 0.0, self._forced(beam, forced_id).logprobs)]
-        normalizer = log_normalizer(raw, float(head.logits[0]))
+        normalizer = log_normalizer(raw, int(head.ids[0]))
         is_changed = self._processors.are_needed(beam)
         row = raw
         if is_changed or params.do_sample or num > len(head.ids):
@@ -151,7 +151,7 @@ class Sampler:
     def _logprobs(self, raw: torch.Tensor, token_id: int, num_best: int) -> tuple[TokenLogprob, ...]:
         """Log probabilities of the model itself, the chosen token first."""
         best = Head.of(raw, max(1, num_best))
-        normalizer = log_normalizer(raw, float(best.logits[0]))
+        normalizer = log_normalizer(raw, int(best.ids[0]))
         chosen = float(raw[token_id])
         rank = int((raw > chosen).sum()) + 1
         pairs = [(token_id, chosen, rank)]
