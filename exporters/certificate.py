@@ -184,7 +184,7 @@ def _read_texts(
     folder: Path, config: VersionConfig, texts: Sequence[Passage], exported: TextLogits, tick: Callable[[], None]
 ) -> np.ndarray:
     """Have the exported version read ``texts``. Returns its logits at the positions of ``_beginning``."""
-    graph = ExportedGraph(folder, config, all_positions=True)
+    graph = ExportedGraph(folder, config)
     wanted: list[np.ndarray] = []
     for passage in texts:
         position = 0

@@ -1,14 +1,16 @@
 """The decoder graph: a causal model wrapped so that its inputs and outputs are the engine's graph contract.
 
-``DecoderStep`` feeds the cache to the attention nodes, lets the head see one position per row only, and adds the
-largest logits. ``trace`` turns it into ONNX. The model itself is neither rewritten nor copied; hooks and the attention
+``DecoderStep`` feeds the cache to the attention nodes, lets the head see only the positions whose logits are wanted, and
+adds the largest logits. ``trace`` turns it into ONNX. The model itself is neither rewritten nor copied; hooks and the attention
 interface do all of it, so nothing here knows an architecture.
 
-    input_ids, position_ids        int64 (B, S)        logits          float32 (B, V)
-    seqlens_k                      int32 (B)           top_logits      float32 (B, K)
-    total_sequence_length          int32 ()        →   top_ids         int64   (B, K)
-    logits_index                   int64 (B)           present.{i}.*   (B, KV, max_len, D)
+    input_ids, position_ids        int64 (B, S)        logits          float32 (N, V)
+    seqlens_k                      int32 (B)           top_logits      float32 (N, K)
+    total_sequence_length          int32 ()        →   top_ids         int64   (N, K)
+    logits_index                   int64 (N)           present.{i}.*   (B, KV, max_len, D)
     past_key_values.{i}.key/value  (B, KV, max_len, D)
+
+``logits_index`` holds positions b·S + s.
 """
 
 from __future__ import annotations
@@ -53,9 +55,9 @@ class DecoderShape:
 
 
 class HeadIndex:
-    """Forward pre-hook of the head: keeps of the hidden states (B, S, E) only position ``index`` of each row.
+    """Forward pre-hook of the head: keeps of the hidden states (B, S, E) only the positions ``index`` (N), as b·S + s.
 
-    Placed before the head, not after it, so that the product with the vocabulary is paid once per row; what the model
+    Placed before the head, not after it, so that the product with the vocabulary is paid for these only; what the model
     does with the logits afterwards (soft caps, scales) still happens.
     """
 
@@ -114,7 +116,7 @@ class DecoderStep(torch.nn.Module):
         return logits, top_logits, top_ids, self.attention.present
 
     def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """(B, 1, V): the head sees one position per row."""
+        """(N, 1, V): the head sees N positions."""
         output = self.model(input_ids=input_ids, **self.positions.arguments(position_ids), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits

@@ -1,10 +1,4 @@
-"""Logits, from the exported graph in ONNX Runtime and from the original in PyTorch.
-
-The shipped graph gives the logits of one position per row. For text, where every position counts, ``ExportedGraph``
-can instead run an edited copy that lives in memory: the one node that picks a position is replaced by a reshape of all
-positions into rows, (B, S, E) → (B·S, 1, E). Everything before and behind it is the shipped graph, with the shipped
-weights; that both give the same logits is part of the certificate.
-"""
+"""Logits, from the exported graph in ONNX Runtime and from the original in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,57 +8,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers import PreTrainedModel
 
-from exporters.errors import ExportError
 from exporters.suppression import suppressed_tokens
 from triton_backend.config import VersionConfig
 
 CHUNK_LOGITS_BYTES = 64 << 20
 """Logits of all positions are asked for in chunks of about this size."""
-EXTERNAL_FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
 NUMPY_TYPES = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32}
 
 
 class ExportedGraph:
-    """The decoder of a version folder; with ``all_positions`` the edited copy. Owned by the thread that made it.
+    """The decoder of a version folder. Owned by the thread that made it.
 
     Adapter inputs, if the graph has any, are fed with zeros: no adapter.
     """
 
-    def __init__(self, folder: Path, config: VersionConfig, *, all_positions: bool = False) -> None:
+    def __init__(self, folder: Path, config: VersionConfig) -> None:
         self._config = config
-        path = folder / config.model.graph
         options = ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs beside it
         options.enable_cpu_mem_arena = False  # an arena grows to more than is in use and is kept
-        if all_positions:
-            options.add_session_config_entry(EXTERNAL_FOLDER_ENTRY, str(folder.absolute()))
-        graph = every_position(path) if all_positions else str(path)
-        self._all_positions = all_positions
-        self._session = _session(graph, options)
+        self._session = _session(str(folder / config.model.graph), options)
         self._encoder = None
         if config.model.encoder_graph:
             self._encoder = _session(str(folder / config.model.encoder_graph), ort.SessionOptions())
         self._inputs = {node.name: node for node in self._session.get_inputs()}
 
     def at(self, ids: Sequence[int], index: Sequence[int], source: Sequence[int] = ()) -> np.ndarray:
-        """Logits (B, V) of the shipped graph, which computes ``ids`` and is asked for position ``index[b]``."""
-        assert not self._all_positions
-        tokens = np.array([ids], np.int64)
-        if self._encoder is None:  # one prefill in B rows
-            num_rows = len(index)
-            return self._run(tokens.repeat(num_rows, 0), 0, index, self._state(num_rows, len(ids), source))
-        # Cross attention takes several new tokens in one row only.
-        return np.concatenate([self._run(tokens, 0, [one], self._state(1, len(ids), source)) for one in index])
+        """Logits (N, V) of the N positions ``index`` of ``ids``, computed in one run over one row."""
+        return self._run(np.array([ids], np.int64), 0, index, self._state(1, len(ids), source))
 
     def chunks(self, ids: Sequence[int], source: Sequence[int] = ()) -> Iterator[np.ndarray]:
         """Logits of every position of ``ids``, in order, as arrays (S, V); chunks are appended to one cache row."""
-        assert self._all_positions
         size = max(2, CHUNK_LOGITS_BYTES // (4 * self._config.model.vocab_size))
         if self._encoder is not None:  # the graph takes no more new tokens at once than a source has room for
             size = min(size, self._config.engine.max_source_len - 1)
@@ -73,7 +51,7 @@ class ExportedGraph:
             starts.pop()  # a chunk of one token would take the decode path
         state = self._state(1, len(ids), source)
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            yield self._run(np.array([ids[start:end]], np.int64), start, [0], state)
+            yield self._run(np.array([ids[start:end]], np.int64), start, range(end - start), state)
 
     def _run(self, ids: np.ndarray, start: int, index: Sequence[int], state: dict[str, ort.OrtValue]) -> np.ndarray:
         num_rows, num_tokens = ids.shape
@@ -140,47 +118,6 @@ class ExportedGraph:
         if name.endswith(".a"):
             return (lora.num_slots + 1, target.in_features, lora.rank)
         return (lora.num_slots + 1, lora.rank, target.out_features)
-
-
-def every_position(path: Path) -> bytes:
-    """The graph at ``path``, whose ``logits`` (B·S, V) are those of every position; its weights stay in their file."""
-    model = ir.load(path)
-    graph = model.graph
-    picks = _picks_of(next(value for value in graph.inputs if value.name == "logits_index"))
-    if len(picks) != 1:
-        raise ExportError(f"{path} picks a position in {len(picks)} places; expected one, before the head")
-    pick = picks[0]
-    hidden, picked = pick.inputs[0], pick.outputs[0]
-    axis = ir.Value(name="every_position.axis", const_value=ir.tensor(np.array([1], np.int64)))
-    graph.register_initializer(axis)
-    flat = ir.node("Flatten", [hidden], {"axis": 2}, name="/every_position/Flatten")
-    rows = ir.node("Unsqueeze", [flat.outputs[0], axis], name="/every_position/Unsqueeze")
-    graph.insert_before(pick, [flat, rows])
-    picked.replace_all_uses_with(rows.outputs[0])
-    kept = [value for value in graph.outputs if value.name not in ("top_logits", "top_ids")]
-    graph.outputs.clear()
-    graph.outputs.extend(kept)
-    # The declared shapes speak of B where there now are B·S rows.
-    for node in graph:
-        for output in node.outputs:
-            output.shape = None
-    for value in kept:
-        if value.name == "logits":
-            value.shape = ir.Shape(["positions", None])
-    RemoveUnusedNodesPass()(model)
-    return ir.to_proto(model).SerializeToString()
-
-
-def _picks_of(index: ir.Value) -> list[ir.Node]:
-    """The nodes that pick positions of the hidden states by ``index``, however the index is reshaped on its way."""
-    found: list[ir.Node] = []
-    for node, position in index.uses():
-        if node.op_type in ("GatherElements", "GatherND", "Gather") and position == 1:
-            found.append(node)
-        elif position == 0:
-            for output in node.outputs:
-                found += _picks_of(output)
-    return found
 
 
 def original_logits(

@@ -78,9 +78,10 @@ class GraphLoop:
     ) -> dict[str, np.ndarray]:
         """Append ``ids`` (B, S) to the rows from ``first_row`` on, which hold ``lengths`` tokens.
 
-        Returns the logits of position ``logits_index`` of each row; without it, of the last one.
+        Returns the logits of the flat positions ``logits_index``; without it, of the last one of each row.
         """
         num_rows, num_tokens = ids.shape
+        positions = logits_index or [row * num_tokens + num_tokens - 1 for row in range(num_rows)]
         past = np.asarray(lengths)
         binding = self.session.io_binding()
         inputs = {
@@ -88,7 +89,7 @@ class GraphLoop:
             "position_ids": (past[:, None] + np.arange(num_tokens)).astype(np.int64),
             "seqlens_k": (past + num_tokens - 1).astype(np.int32),
             "total_sequence_length": np.array(past.max() + num_tokens, np.int32),
-            "logits_index": np.array(logits_index or [num_tokens - 1] * num_rows, np.int64),
+            "logits_index": np.array(positions, np.int64),
             **self.row_inputs(slice(first_row, first_row + num_rows)),
             **self.extra_inputs,
             **{name: rows[first_row : first_row + num_rows] for name, rows in self.extra_row_inputs.items()},

@@ -4,7 +4,7 @@
 may be edited by an operator before the version is sealed. Both are frozen and checked when read, so the rest of the
 engine never meets a bad value. Standard library only: exporters and the engine share this module.
 
-    model.json = {"format": 1, "model": {…ModelConfig…}, "engine": {…EngineConfig…}}
+    model.json = {"format": 2, "model": {…ModelConfig…}, "engine": {…EngineConfig…}}
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from triton_backend.errors import VersionFolderError
 
 MODEL_JSON = "model.json"
-FORMAT = 1
+FORMAT = 2
 
 
 KINDS = ("decoder", "encoder_decoder", "encoder")
@@ -205,7 +205,9 @@ class VersionConfig:
             raise VersionFolderError(f"cannot read {path}: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             found = document.get("format") if isinstance(document, dict) else type(document).__name__
-            raise VersionFolderError(f"{path} has format {found!r}; this engine reads format {FORMAT}")
+            raise VersionFolderError(
+                f"{path} has format {found!r}; this engine reads format {FORMAT}: export the checkpoint again"
+            )
         try:
             model = dict(document["model"])
             for layers in ("layers", "cross_layers"):

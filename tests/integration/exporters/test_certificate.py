@@ -172,7 +172,7 @@ def test_logits_of_every_position_are_those_of_the_shipped_graph(
     config = VersionConfig(sizes, EngineConfig(64))
     monkeypatch.setattr(exporters.logits, "CHUNK_LOGITS_BYTES", 4 * VOCAB_SIZE * 13)
     ids = list(range(5, 45))
-    chunks = list(ExportedGraph(tmp_path, config, all_positions=True).chunks(ids))
+    chunks = list(ExportedGraph(tmp_path, config).chunks(ids))
     assert [len(chunk) for chunk in chunks] == [13, 13, 14], "no chunk of one token"
     every = np.concatenate(chunks)
     assert np.array_equal(every[[0, 20, 39]], ExportedGraph(tmp_path, config).at(ids, [0, 20, 39]))

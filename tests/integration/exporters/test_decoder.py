@@ -60,13 +60,13 @@ def test_graph_has_the_contract_s_tensors(llama: tuple[Any, Path]) -> None:
         "position_ids": (onnx.TensorProto.INT64, ("batch", "sequence")),
         "seqlens_k": (onnx.TensorProto.INT32, ("batch",)),
         "total_sequence_length": (onnx.TensorProto.INT32, ()),
-        "logits_index": (onnx.TensorProto.INT64, ("batch",)),
+        "logits_index": (onnx.TensorProto.INT64, ("positions",)),
         **{f"past_key_values.{name}": kv for name in names},
     }
     assert {value.name: describe(value) for value in graph.output} == {
-        "logits": (onnx.TensorProto.FLOAT, ("batch", VOCAB_SIZE)),
-        "top_logits": (onnx.TensorProto.FLOAT, ("batch", 64)),
-        "top_ids": (onnx.TensorProto.INT64, ("batch", 64)),
+        "logits": (onnx.TensorProto.FLOAT, ("positions", VOCAB_SIZE)),
+        "top_logits": (onnx.TensorProto.FLOAT, ("positions", 64)),
+        "top_ids": (onnx.TensorProto.INT64, ("positions", 64)),
         **{f"present.{name}": kv for name in names},
     }
 
@@ -88,15 +88,16 @@ def test_graph_names_nodes_after_modules_and_keeps_no_path_of_this_machine(llama
     assert b".py" not in llama[1].read_bytes()
 
 
-def test_logits_are_those_of_the_asked_position_of_each_row(llama: tuple[Any, Path]) -> None:
+def test_logits_are_those_of_the_asked_positions(llama: tuple[Any, Path]) -> None:
     model, path = llama
     ids = np.arange(14).reshape(2, 7) + 20
     with torch.no_grad():
         expected = model(input_ids=torch.tensor(ids)).logits.numpy()
     loop = GraphLoop(path, num_rows=2, max_len=16)
-    result = loop.run(0, ids, [0, 0], logits_index=[2, 6])
+    result = loop.run(0, ids, [0, 0], logits_index=[2, 13, 8])
     np.testing.assert_allclose(result["logits"][0], expected[0, 2], atol=1e-4)
     np.testing.assert_allclose(result["logits"][1], expected[1, 6], atol=1e-4)
+    np.testing.assert_allclose(result["logits"][2], expected[1, 1], atol=1e-4)
     np.testing.assert_array_equal(result["top_logits"], -np.sort(-result["logits"], axis=-1)[:, :64])
     np.testing.assert_array_equal(np.take_along_axis(result["logits"], result["top_ids"], -1), result["top_logits"])
 

@@ -100,7 +100,7 @@ def logits_of(path: Path, ids: np.ndarray) -> np.ndarray:
         "position_ids": np.tile(np.arange(num_tokens), (num_rows, 1)),
         "seqlens_k": np.full(num_rows, num_tokens - 1, np.int32),
         "total_sequence_length": np.array(num_tokens, np.int32),
-        "logits_index": np.full(num_rows, num_tokens - 1),
+        "logits_index": np.arange(1, num_rows + 1) * num_tokens - 1,
     }
     for node in session.get_inputs():
         if node.name.startswith("past_key_values."):

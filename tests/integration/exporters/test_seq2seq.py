@@ -262,15 +262,15 @@ def test_graphs_have_the_contract_s_tensors(bart: Exported) -> None:
         "position_ids": tokens,
         "seqlens_k": row,
         "total_sequence_length": (onnx.TensorProto.INT32, ()),
-        "logits_index": (onnx.TensorProto.INT64, ("batch",)),
+        "logits_index": (onnx.TensorProto.INT64, ("positions",)),
         **states("past_key_values", "max_len"),
         **states("cross", "max_source_len"),
         "source_lens": row,
     }
     assert describe(decoder.output) == {
-        "logits": (onnx.TensorProto.FLOAT, ("batch", VOCAB_SIZE)),
-        "top_logits": (onnx.TensorProto.FLOAT, ("batch", 64)),
-        "top_ids": (onnx.TensorProto.INT64, ("batch", 64)),
+        "logits": (onnx.TensorProto.FLOAT, ("positions", VOCAB_SIZE)),
+        "top_logits": (onnx.TensorProto.FLOAT, ("positions", 64)),
+        "top_ids": (onnx.TensorProto.INT64, ("positions", 64)),
         **states("present", "max_len"),
     }
 

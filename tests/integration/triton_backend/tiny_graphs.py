@@ -184,8 +184,7 @@ class DecoderGraph(nn.Module):
         hidden = self.model.decode(
             input_ids, position_ids, attend, attend_source if cross else None, adapt if lora else None
         )
-        index = logits_index.reshape(-1, 1, 1).expand(-1, 1, WIDTH)
-        logits = self.model.head(torch.gather(hidden, 1, index))[:, 0].float()
+        logits = self.model.head(torch.index_select(hidden.reshape(-1, WIDTH), 0, logits_index)).float()
         top_logits, top_ids = torch.topk(logits, NUM_TOP_LOGITS, dim=-1)
         return logits, top_logits, top_ids, present
 
@@ -267,7 +266,7 @@ def _export_decoder(model: TinyModel, lora: LoraConfig | None, dtype: torch.dtyp
         "position_ids": torch.arange(num_tokens).expand(num_rows, -1).clone(),
         "seqlens_k": torch.full((num_rows,), num_tokens - 1, dtype=torch.int32),
         "total_sequence_length": torch.tensor(num_tokens, dtype=torch.int32),
-        "logits_index": torch.zeros(num_rows, dtype=torch.int64),
+        "logits_index": torch.arange(num_rows * num_tokens - 2),
         "past_key_values": cache(23),
         "cross": cache(29) if model.has_cross else [],
         "source_lens": torch.ones(num_rows, dtype=torch.int32) if model.has_cross else None,
@@ -283,7 +282,7 @@ def _export_decoder(model: TinyModel, lora: LoraConfig | None, dtype: torch.dtyp
         "position_ids": token,
         "seqlens_k": row,
         "total_sequence_length": {},
-        "logits_index": row,
+        "logits_index": {0: "positions"},
         "past_key_values": [(past, past)] * NUM_LAYERS,
         "cross": [(source, source)] * NUM_LAYERS if model.has_cross else [],
         "source_lens": row if model.has_cross else None,

@@ -79,7 +79,7 @@ def test_a_bad_value_is_a_load_failure_that_names_it(tmp_path, part, key, value,
     assert said in str(caught.value) and "model.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "model": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}', '{"format": 2, "model": 3}'])
 def test_a_file_that_is_no_model_json_is_refused(tmp_path, text):
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(VersionFolderError, match=r"model\.json"):
