@@ -142,17 +142,29 @@ class Engine:
             else:
                 self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
         for start in plan.starts:
-            self._start(start)
+            if start.adapter.needs_load:
+                self._load_adapter(start)
+            for sequence in start.state.sequences:
+                self._start(sequence, start.adapter.slot)
+        plan.drop_removed()
 
-    def _start(self, start: Start) -> None:
-        state, slot = start.state, start.adapter.slot
+    def _load_adapter(self, start: Start) -> None:
+        """Fill the slot, or refuse every request that wants this adapter."""
+        adapter = start.state.adapter
+        assert adapter is not None
+        try:
+            self._runner.load_adapter(start.adapter.slot, self._adapters.read(adapter))
+        except InvalidRequest as error:
+            for state in tuple(self._scheduler.states()):
+                if state.adapter == adapter:
+                    self._abort(state, error)
+            self._scheduler.forget_adapter(adapter)
+
+    def _start(self, sequence: Sequence, adapter_slot: int) -> None:
+        state = sequence.state
         state.scheduled_s = state.scheduled_s or time.monotonic()
-        if start.adapter.needs_load:
-            assert state.adapter is not None
-            self._runner.load_adapter(slot, self._adapters.read(state.adapter))
-        for sequence in state.sequences:
-            if sequence.row >= 0:
-                self._runner.set_adapter(sequence.row, slot)
+        if sequence.row >= 0:
+            self._runner.set_adapter(sequence.row, adapter_slot)
             if sequence in self._saved:
                 self._runner.restore_row(sequence.row, self._saved.pop(sequence))
 

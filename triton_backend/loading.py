@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from triton_backend import version_folder
+from triton_backend.adapter_store import AdapterStore
 from triton_backend.config import VersionConfig
 from triton_backend.engine import Engine
 from triton_backend.errors import VersionFolderError
@@ -54,8 +55,8 @@ def load_engine(
     except Exception as error:
         graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
         raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
-    runner.clear_row(0)
-    engine = Engine(config, runner, Tokenizer(folder), metric_sink, digest)
+    runner.free_row(0)
+    engine = Engine(config, runner, Tokenizer(folder), AdapterStore(folder.parent / "adapters", digest), metric_sink, digest)
     engine.start()
     log.info("engine_started", folder=str(folder), digest=digest[:12], max_model_len=config.engine.max_model_len)
     return engine, config

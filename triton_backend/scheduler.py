@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from triton_backend.adapter_manager import AdapterManager, AdapterPlacement
+from triton_backend.adapter_manager import AdapterManager, AdapterPlacement, AdapterRef
 from triton_backend.cache_manager import CacheManager, RowCopy, RowMove
 from triton_backend.config import EngineConfig
 from triton_backend.sequence import RequestState, Sequence
@@ -71,6 +71,11 @@ class StepPlan:
     starts: list[Start] = field(default_factory=list)
     decodes: tuple[Sequence, ...] = ()
     prefills: tuple[PrefillChunk, ...] = ()
+
+    def drop_removed(self) -> None:
+        """Leave out requests that were removed after the plan was made."""
+        self.decodes = tuple(sequence for sequence in self.decodes if sequence.row >= 0)
+        self.prefills = tuple(chunk for chunk in self.prefills if chunk.state.lead.row >= 0)
 
 
 class Scheduler:
@@ -161,6 +166,10 @@ class Scheduler:
         for waiting in (self._waiting, self._probes):
             if state in waiting:
                 waiting.remove(state)
+
+    def forget_adapter(self, adapter: AdapterRef) -> None:
+        """It could not be loaded; all requests that wanted it were removed."""
+        self._adapters.forget(adapter)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless rows are held by exactly the unfinished sequences; run by tests."""

@@ -23,7 +23,7 @@ from triton_backend.protocol import GenerateRequest, GenerateResponse, TokenLogp
 from triton_backend.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from triton_backend.adapter_store import AdapterRef
+    from triton_backend.adapter_manager import AdapterRef
     from triton_backend.beam_search import BeamSearch
     from triton_backend.grammars import GrammarState
 

@@ -1,0 +1,148 @@
+"""Structured output: compiles a grammar and masks the tokens that would leave it. All parsing is llguidance's.
+
+``GrammarCompiler.compile`` runs on the thread that submits a request and is bounded by ``LIMITS``; a grammar that is
+wrong, too complex or matches nothing is refused there. A ``GrammarState`` follows one sequence on the engine thread;
+when its own limits stop it, ``error`` says why, and only its request ends.
+
+https://github.com/guidance-ai/llguidance
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, gbnf_to_lark
+
+from triton_backend.config import ModelConfig
+from triton_backend.errors import InvalidRequest
+from triton_backend.grammar_params import GrammarSpec
+from triton_backend.tokenizer import Tokenizer
+
+MAX_COMPILED = 64
+# About 20 ms for the lexer of a grammar and 15 ms for one mask; a step waits for the slowest.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_items_in_row=2000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+# Free whitespace lets a weak model write nothing else for ever.
+JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{0,24}"}
+
+
+class GrammarState:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self.error: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing but an end token may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def copy(self) -> GrammarState:
+        return GrammarState(self._matcher.deep_copy())
+
+    def accept(self, token_id: int) -> None:
+        if not self._matcher.is_stopped() and not self._matcher.consume_token(token_id):
+            self._fail()
+
+    def allowed(self, vocab_size: int) -> np.ndarray | None:
+        """bool (V): which tokens may come next; None if that cannot be told, and then ``error`` says why."""
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._fail()
+            return None
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[:vocab_size]
+        return np.pad(bits, (0, vocab_size - len(bits))).astype(bool)
+
+    def _fail(self) -> None:
+        self.error = f"the output's grammar cannot be followed any further: {_reason(self._matcher)}; make it simpler"
+
+
+def apply_grammar_masks(logits: torch.Tensor, states: Sequence[GrammarState | None]) -> None:
+    """Set to −inf in ``logits`` (B, V), in place, what each row's grammar forbids."""
+    for row, state in zip(logits, states, strict=True):
+        allowed = state.allowed(len(row)) if state is not None else None
+        if allowed is not None:
+            row.masked_fill_(torch.from_numpy(~allowed).to(row.device), float("-inf"))
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and keeps the latest; safe to use from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._lock = threading.Lock()
+        self._ll_tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()
+
+    def compile(self, spec: GrammarSpec) -> GrammarState:
+        """The beginning of a grammar; raises InvalidRequest that says what is wrong with it."""
+        with self._lock:
+            matcher = self._compiled.pop(spec, None) or self._new_matcher(spec)
+            self._compiled[spec] = matcher
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+            return GrammarState(matcher.deep_copy())
+
+    def _new_matcher(self, spec: GrammarSpec) -> LLMatcher:
+        try:
+            grammar = GRAMMARS[spec.kind](spec.text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the {spec.kind} grammar is not valid: {error}; correct it") from None
+        matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # finds out what matches nothing, or costs too much at once
+        if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
+            raise InvalidRequest(f"the {spec.kind} grammar cannot be used: {_reason(matcher)}; correct or simplify it")
+        return matcher
+
+    def _tokens(self) -> LLTokenizer:
+        if self._ll_tokenizer is None:
+            config = self._config
+            num_tokens = max(config.vocab_size, self._tokenizer.vocab_size)
+            try:
+                self._ll_tokenizer = LLTokenizer(
+                    self._tokenizer.to_json(), n_vocab=num_tokens, eos_token=list(config.eos_token_ids) or None
+                )
+            except Exception as error:  # the library raises plain exceptions
+                raise InvalidRequest(
+                    f"this model's tokenizer cannot be used for structured output ({error}); leave the grammar out"
+                ) from None
+        return self._ll_tokenizer
+
+
+def _choice(text: str) -> str:
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in json.loads(text)))
+
+
+def _json_schema(text: str) -> str:
+    return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+
+
+GRAMMARS: dict[str, Callable[[str], str]] = {
+    "json_schema": _json_schema,
+    "json_object": lambda text: _json_schema('{"type": "object"}'),
+    "regex": LLMatcher.grammar_from_regex,
+    "choice": _choice,
+    "lark": LLMatcher.grammar_from_lark,
+    "gbnf": lambda text: LLMatcher.grammar_from_lark(gbnf_to_lark(text)),
+}
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The library's words on one line."""
+    words = " ".join(matcher.get_error().split()) or f"it matches nothing ({matcher.stop_reason()})"
+    return words if len(words) <= 300 else words[:300] + "…"
