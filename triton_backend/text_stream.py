@@ -4,7 +4,7 @@ All texts of a ``TextStream`` joined are exactly what decoding all its ids at on
 character. tokenizers' own ``DecodeStream`` does not promise that: it raises when a byte token spoils the ones before
 it, and decodes again and again what never becomes a character. How a token reads depends on the decoder in
 tokenizer.json: ``ByteLevelText``, ``WordText`` with its ``ByteRun``, or ``WholeText`` for a decoder not known here.
-Each costs the same for every token, however long the text. Owned by the engine thread.
+But for the last, each token costs the same, however long the text. Owned by the engine thread.
 """
 
 from __future__ import annotations
