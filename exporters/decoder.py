@@ -1,8 +1,8 @@
 """The decoder graph: a causal model wrapped so that its inputs and outputs are the engine's graph contract.
 
-``DecoderStep`` feeds the cache to the attention nodes, lets the head see only the positions whose logits are wanted, and
-adds the largest logits. ``trace`` turns it into ONNX. The model itself is neither rewritten nor copied; hooks and the attention
-interface do all of it, so nothing here knows an architecture.
+``DecoderStep`` feeds the cache to the attention nodes, lets the head see only the positions whose logits are wanted,
+and adds the largest logits. ``trace`` turns it into ONNX. The model itself is neither rewritten nor copied; hooks and
+the attention interface do all of it, so nothing here knows an architecture.
 
     input_ids, position_ids        int64 (B, S)        logits          float32 (N, V)
     seqlens_k                      int32 (B)           top_logits      float32 (N, K)

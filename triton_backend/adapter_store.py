@@ -82,7 +82,7 @@ class AdapterStore:
             raise InvalidRequest(f"adapter {name!r} is damaged: {reason}; convert it again") from error
         if self._version_digest and base != self._version_digest:
             raise InvalidRequest(
-                f"adapter {name!r} was made for version {base[:12]}…, but this is {self._version_digest[:12]}…; convert it "
-                "for this version"
+                f"adapter {name!r} was made for version {base[:12]}…, but this is {self._version_digest[:12]}…; "
+                "convert it for this version"
             )
         return AdapterRef(name, digest)

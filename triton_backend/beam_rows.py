@@ -4,15 +4,15 @@ A request's sequences are its rows. The best child of a beam stays in its parent
 beams that died, and only what differs there is copied, since beams that branched late share most of their past.
 Standard library only; owned by the engine thread.
 
-    beams   A  B  C        extensions  A·x  A·y  C·z        row of A: A·x    row of B: A·y (copied from A    row of C: C·z
-                                                                             behind their common prefix)
+    beams  A  B  C      extensions  A·x  A·y  C·z      row of A: A·x    row of B: A·y, copied    row of C: C·z
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 
-from triton_backend.beam_search import Candidate, Extension, Hypothesis
+from triton_backend.beam_search import Candidate, Hypothesis
 from triton_backend.cache_manager import RowCopy, common_prefix_length
 from triton_backend.sequence import FinishReason, RequestState, SampledToken, Sequence
 
@@ -30,7 +30,9 @@ def advance(
     extensions = state.search.advance(candidates, ends)
     if state.search.is_finished:
         state.beams = []
-        state.hypotheses = tuple(_finished(state, index, found) for index, found in enumerate(state.search.best(state.params.n)))
+        state.hypotheses = tuple(
+            _finished(state, index, found) for index, found in enumerate(state.search.best(state.params.n))
+        )
         return []
     copies: list[RowCopy] = []
     parents, state.beams = state.beams, []
@@ -70,5 +72,6 @@ def _finished(state: RequestState, index: int, hypothesis: Hypothesis) -> Sequen
     sequence.logprobs = list(hypothesis.logprobs)
     sequence.cumulative_logprob = hypothesis.cumulative_logprob
     sequence.score = hypothesis.score
+    sequence.is_at_end_token = hypothesis.is_at_end_token
     sequence.finish_reason = FinishReason(hypothesis.finish_reason)
     return sequence

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class BeamSearch:
             if group.is_finished:
                 continue
             beams = range(first, first + len(group.beams)) if self._has_branched else range(1)
-            found = group.advance([candidates[beam] for beam in beams], chosen, lambda p, t, b=beams: ends(b[p], t))
+            found = group.advance([candidates[beam] for beam in beams], chosen, partial(_ends_in, ends, beams))
             chosen.update(choice.candidate.token_id for choice in found)
             extensions += [
                 Extension(beams[c.parent], c.candidate.token_id, float(c.score), c.candidate.logprob) for c in found
@@ -125,6 +126,10 @@ class BeamSearch:
         """The ``n`` hypotheses of highest score, best first."""
         found = [hypothesis for group in self._groups for hypothesis in group.hypotheses]
         return sorted(found, key=lambda hypothesis: -hypothesis.score)[:n]
+
+
+def _ends_in(ends: Ends, beams: Sequence[int], parent: int, token_id: int) -> bool:
+    return ends(beams[parent], token_id)
 
 
 class _Group:
@@ -141,9 +146,7 @@ class _Group:
         self.hypotheses: list[Hypothesis] = []
         self.is_finished = False
 
-    def advance(
-        self, candidates: Sequence[Sequence[Candidate]], chosen: Counter[int], ends: Ends
-    ) -> list[_Choice]:
+    def advance(self, candidates: Sequence[Sequence[Candidate]], chosen: Counter[int], ends: Ends) -> list[_Choice]:
         """The choices that go on, best first; [] when this group is done. ``chosen`` are tokens of earlier groups."""
         self._length += 1
         kept = self._best_choices(candidates, chosen)

@@ -17,7 +17,8 @@ its longest common prefix with any row, busy or free, instead of computing it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence as Items
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,7 @@ class CacheManager:
     differ from a prompt's in the last bits.
     """
 
-    def __init__(
-        self, max_num_seqs: int, enable_prefix_caching: bool = True, shares_generated: bool = False
-    ) -> None:
+    def __init__(self, max_num_seqs: int, enable_prefix_caching: bool = True, shares_generated: bool = False) -> None:
         self.max_num_seqs = max_num_seqs
         self.probe_row = max_num_seqs
         self._enable_prefix_caching = enable_prefix_caching
@@ -93,7 +92,11 @@ class CacheManager:
         if content is None:
             return []
         # What the row holds may be just what this sequence needs: then it stays.
-        if sequence is sequence.state.lead and sequence.num_computed == 0 and (length := self._usable_length(sequence, content)):
+        if (
+            sequence is sequence.state.lead
+            and sequence.num_computed == 0
+            and (length := self._usable_length(sequence, content))
+        ):
             sequence.num_computed = length
             if length == len(content.token_ids):
                 return []
@@ -145,7 +148,7 @@ class CacheManager:
         assert all(len(content.token_ids) >= MIN_SHARED_TOKENS for content in self._contents.values())
 
     def _save_content(self, row: int, content: RowContent) -> list[RowCopy]:
-        """Keep ``content``, whose ``row`` will be overwritten, in another free row, unless everything there is newer."""
+        """Keep ``content``, whose ``row`` will be overwritten, in another free row, unless all of those are newer."""
         if self._is_held(content):
             return []
         spare = [free for free in self._free if free != row]
@@ -186,7 +189,7 @@ class CacheManager:
         return RowContent(token_ids, sequence.state.adapter, self._tick())
 
     def _usable_length(self, sequence: Sequence, content: RowContent) -> int:
-        """How much of ``content`` ``sequence`` can use for its prompt, which leaves one token to compute; 0 if too little."""
+        """How much of ``content`` a sequence can use for its prompt, leaving a token to compute; 0 if too little."""
         state = sequence.state
         # Log probabilities of the prompt need every position computed.
         if content.adapter != state.adapter or state.source_ids or state.params.prompt_logprobs is not None:

@@ -175,8 +175,8 @@ class EngineConfig:
             raise VersionFolderError(f"device has value {self.device!r}; expected one of {', '.join(DEVICES)}")
         if self.num_speculative_tokens and self.deterministic:
             raise VersionFolderError(
-                f"num_speculative_tokens has value {self.num_speculative_tokens}, but deterministic is true: tokens that "
-                "are verified together differ in their last bits; set one of them to its opposite"
+                f"num_speculative_tokens has value {self.num_speculative_tokens}, but deterministic is true: "
+                "tokens that are verified together differ in their last bits; set one of them to its opposite"
             )
 
 

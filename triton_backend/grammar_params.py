@@ -9,6 +9,7 @@ send. Compiling it is grammars.py's. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ MAX_CHOICES = 1024
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """``kind``: json_schema, json_object, regex, choice (a JSON list of strings), lark or gbnf; ``text`` in that form."""
+    """``kind``: json_schema, json_object, regex, choice (a JSON list of texts), lark or gbnf; ``text`` in that form."""
 
     kind: str
     text: str = ""
@@ -117,10 +118,8 @@ def _choice(name: str, value: Any) -> GrammarSpec:
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):  # as one tensor or one form field
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            pass
     if not isinstance(value, dict):
         raise InvalidRequest(f"{name} has value {shown(value)}; expected an object")
     return value

@@ -13,10 +13,12 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, gbnf_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from triton_backend.config import ModelConfig
 from triton_backend.errors import InvalidRequest
@@ -35,7 +37,7 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 # Free whitespace lets a weak model write nothing else for ever.
-JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{0,24}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\r\n]{0,24}"}
 
 
 class GrammarState:

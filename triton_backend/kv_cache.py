@@ -46,7 +46,12 @@ class KVCache:
     """Owner of the decoder's cache memory; used by the model runner, on the engine thread."""
 
     def __init__(
-        self, layers: tuple[LayerConfig, ...], num_rows: int, max_model_len: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: tuple[LayerConfig, ...],
+        num_rows: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.num_rows = num_rows
         self.tensors = _cache_tensors(layers, num_rows, max_model_len, dtype, device)
@@ -73,7 +78,12 @@ class CrossCache:
     """
 
     def __init__(
-        self, layers: tuple[LayerConfig, ...], num_rows: int, max_source_len: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: tuple[LayerConfig, ...],
+        num_rows: int,
+        max_source_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.tensors = _cache_tensors(layers, num_rows, max_source_len, dtype, device)
         self.source_lens = torch.ones(num_rows, dtype=torch.int32, device=device)
@@ -102,9 +112,7 @@ def _cache_tensors(
     layers: tuple[LayerConfig, ...], num_rows: int, max_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[CacheTensor, ...]:
     return tuple(
-        CacheTensor(
-            f"{index}.{kind}", zeros((num_rows, layer.num_kv_heads, max_len, layer.head_size), dtype, device)
-        )
+        CacheTensor(f"{index}.{kind}", zeros((num_rows, layer.num_kv_heads, max_len, layer.head_size), dtype, device))
         for index, layer in enumerate(layers)
         for kind in ("key", "value")
     )

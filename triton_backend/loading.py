@@ -56,7 +56,9 @@ def load_engine(
         graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
         raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
     runner.free_row(0)
-    engine = Engine(config, runner, Tokenizer(folder), AdapterStore(folder.parent / "adapters", digest), metric_sink, digest)
+    engine = Engine(
+        config, runner, Tokenizer(folder), AdapterStore(folder.parent / "adapters", digest), metric_sink, digest
+    )
     engine.start()
     log.info("engine_started", folder=str(folder), digest=digest[:12], max_model_len=config.engine.max_model_len)
     return engine, config

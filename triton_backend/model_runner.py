@@ -33,9 +33,9 @@ CACHES = {"cpu": ("fp32", "fp16"), "cuda": ("fp16", "bf16")}
 """What the attention kernels of each device take."""
 
 QUERY_BLOCK = 16
-"""Attention takes queries in blocks of a multiple of this, and a block of one query, like a run of one token, by another
-path with other last bits. A token behind the last one, which the next real one overwrites, keeps every prompt on one
-path, so that its keys and values never depend on how it was cut into chunks."""
+"""Attention takes queries in blocks of a multiple of this, and a block of one query, like a run of one token, by
+another path with other last bits. A token behind the last one, which the next real one overwrites, keeps every prompt
+on one path, so that its keys and values never depend on how it was cut into chunks."""
 
 
 class DecodeToken(NamedTuple):
@@ -261,4 +261,6 @@ def _check_runnable(folder: Path, model: ModelConfig, device: str) -> None:
 def _float_type(session: onnxruntime.InferenceSession, name: str) -> torch.dtype:
     """The type of a float input of the graph."""
     types = {value.name: value.type for value in session.get_inputs()}
-    return {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}.get(types.get(name), torch.float32)
+    return {"tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}.get(
+        types.get(name, ""), torch.float32
+    )

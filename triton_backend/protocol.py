@@ -100,7 +100,8 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "request_metrics",
         "TYPE_STRING",
         (1,),
-        "JSON: queue_s, prefill_s, decode_s, cached_tokens, preemptions, accepted_draft_tokens, engine_uptime_s, digest",
+        "JSON: queue_s, prefill_s, decode_s, cached_tokens, preemptions, accepted_draft_tokens, engine_uptime_s, "
+        "digest",
     ),
     TensorSpec(
         "prompt_logprobs",
@@ -232,7 +233,9 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
     if request.return_sequence_scores:
         tensors["sequence_scores"] = [output.score or 0.0 for output in outputs]
     if response.prompt_logprobs is not None:
-        tensors["prompt_logprobs"] = [json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])]
+        tensors["prompt_logprobs"] = [
+            json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])
+        ]
     if request.return_metrics and response.finished:
         tensors["request_metrics"] = [json.dumps(dict(response.metrics))]
     return tensors
@@ -306,8 +309,8 @@ def _check(request: GenerateRequest, tensors: Mapping[str, Sequence[Any]]) -> No
     params = request.params
     if request.stream and (params.best_of or params.n) > params.n:
         raise InvalidRequest(
-            f"best_of has value {params.best_of} and stream is true, but which {params.n} are best is known at the end only; "
-            "leave one of them out"
+            f"best_of has value {params.best_of} and stream is true, but which {params.n} are best is known at the end "
+            "only; leave one of them out"
         )
     if request.stream and tensors.get("exclude_input_in_output") and not request.exclude_input_in_output:
         raise InvalidRequest("exclude_input_in_output is false, but streams never repeat the prompt; leave it out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 
+from triton_backend.adapter_manager import AdapterRef
 from triton_backend.adapter_store import AdapterStore
 from triton_backend.beam_search import BeamSearch
 from triton_backend.config import VersionConfig
@@ -38,7 +39,8 @@ class RequestIntake:
         arrived_s = time.monotonic()
         input_ids = self._input_ids(request)
         self._check_input(request, input_ids)
-        prompt_ids, source_ids = input_ids, ()
+        prompt_ids = input_ids
+        source_ids: tuple[int, ...] = ()
         if model.kind == "encoder_decoder":
             assert model.decoder_start_token_id is not None
             prompt_ids, source_ids = (model.decoder_start_token_id, *params.decoder_input_ids), input_ids
@@ -110,12 +112,13 @@ class RequestIntake:
                 f"{name} has value {params.num_sequences}; this model runs at most {num_rows} sequences"
             )
 
-    def _adapter(self, name: str | None):
+    def _adapter(self, name: str | None) -> AdapterRef | None:
         if name is None:
             return None
         if self._model.lora is None:
             raise InvalidRequest(
-                f"adapter has value {name!r:.140}, but this version has no slots for adapters; export it with --lora-slots"
+                f"adapter has value {name!r:.140}, but this version has no slots for adapters; export it with "
+                "--lora-slots"
             )
         return self._adapters.open(name)
 

@@ -114,7 +114,7 @@ def _beam_width(given: Mapping[str, Any], values: Mapping[str, Any], defaults: M
     return 1 if excluding or given.get("n", 1) > width else width
 
 
-_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+_SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 """Parameters that only sampling uses, with the values that change nothing."""
 
 
@@ -124,8 +124,8 @@ def _without_sampling(params: SamplingParams, given: Mapping[str, Any]) -> Sampl
         is_off = value == neutral or (name == "temperature" and value == 0) or (name == "top_k" and value <= 0)
         if not is_off:
             raise InvalidRequest(
-                f"{name} has value {value} and beam_width has value {params.beam_width}, but beams do not sample; leave one of "
-                "them out or set do_sample to true"
+                f"{name} has value {value} and beam_width has value {params.beam_width}, but beams do not sample; "
+                "leave one of them out or set do_sample to true"
             )
     return dataclasses.replace(params, **{**_SAMPLING, "temperature": 0.0})
 
@@ -139,7 +139,11 @@ def _check(params: SamplingParams) -> None:
         (params.best_of is not None and params.best_of < n, "best_of", f"at least n = {n}"),
         (params.best_of is not None and params.is_beam, "best_of", f"nothing, since beam_width = {width} is given"),
         (params.is_beam and n > width, "n", f"at most beam_width = {width}"),
-        (params.is_beam and params.logprobs, "logprobs", f"0, since beam_width = {width}: beams tell their own tokens only"),
+        (
+            params.is_beam and params.logprobs,
+            "logprobs",
+            f"0, since beam_width = {width}: beams tell of their own tokens only",
+        ),
         (width % params.num_beam_groups != 0, "num_beam_groups", f"a divisor of beam_width = {width}"),
         (
             params.num_beam_groups > 1 and params.do_sample is True,

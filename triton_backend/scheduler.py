@@ -205,7 +205,7 @@ class Scheduler:
         )
 
     def _make_room(self, state: RequestState, plan: StepPlan) -> bool:
-        """Free enough rows for ``state``, if need be by preempting; False, and nothing changes, if that is not enough."""
+        """Free enough rows for ``state``, if need be by preempting; False, with nothing changed, if that cannot be."""
         missing = _num_rows(state) - self._cache.num_free
         victims = []
         for other in sorted((*self._running, *self._prefilling), key=_urgency, reverse=True):
@@ -269,7 +269,7 @@ class Scheduler:
         return tuple(chunks)
 
     def _next_chunk(self, state: RequestState, budget: int, is_first: bool) -> PrefillChunk | None:
-        """The next part of a prompt; a source is encoded in a step that has room for it, or that encodes nothing else."""
+        """The next part of a prompt. A source is encoded in a step with room for it, or that encodes nothing else."""
         lead, prefix = state.lead, None
         if state.source_ids:
             if len(state.source_ids) + lead.num_prompt_tokens > budget and not is_first:

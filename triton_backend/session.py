@@ -38,8 +38,8 @@ def _providers(device: torch.device) -> list[Any]:
         return ["CPUExecutionProvider"]
     if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise VersionFolderError(
-            "device has value 'cuda', but PyTorch or ONNX Runtime finds no CUDA device; set device to 'cpu' in model.json "
-            "or install the CUDA builds of both"
+            "device has value 'cuda', but PyTorch or ONNX Runtime finds no CUDA device; set device to 'cpu' in "
+            "model.json or install the CUDA builds of both"
         )
     # One stream for both libraries: what ONNX Runtime writes is read by PyTorch in order, without waiting.
     stream = torch.cuda.current_stream(device).cuda_stream

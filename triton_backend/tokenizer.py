@@ -55,6 +55,13 @@ class Tokenizer:
         """How one token reads by itself; parts of a character show as U+FFFD."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
     def stream(self, skip_special_tokens: bool) -> TextStream:
         token_of = self._unskipped_token if skip_special_tokens else self._tokenizer.id_to_token
         return TextStream(token_of, self._new_text())

@@ -1,4 +1,4 @@
-"""What happens to cache rows never shows in the answers: shared prefixes, preemption, chunks, drafts; to the last bit."""
+"""What happens to cache rows never shows in the answers, to the last bit: prefixes, preemption, chunks, drafts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_the_last_answer_of_a_conversation_is_not_shared_unless_asked_for(client
 def test_chunks_of_any_size_give_the_same_bits(client_with, client, budget):
     prompts = [prompt_of(i, length) for i, length in enumerate((1, 2, 3, 50, 200, 13))]
     expected = [client.ask(prompt, **EXACT).outputs for prompt in prompts]
-    other = client_with(max_num_batched_tokens=budget, long_prefill_token_threshold=min(budget, 33), enable_prefix_caching=False)
+    other = client_with(
+        max_num_batched_tokens=budget, long_prefill_token_threshold=min(budget, 33), enable_prefix_caching=False
+    )
     answers = [other.submit(prompt, **EXACT) for prompt in prompts]
     assert [answer.last().outputs for answer in answers] == expected
 
@@ -111,6 +113,7 @@ def test_urgent_requests_go_first_and_the_patient_ones_are_served_in_the_end(cli
     client.submit([5], max_tokens=100, ignore_eos=True, priority=9)
     for priority in (3, 1, 2, 1):
         answers[client.submit([5, 6], max_tokens=2, priority=priority)] = priority
+
     def wait(answer, priority):
         answer.last()
         order.append(priority)

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from transformers import AutoTokenizer
 
@@ -84,7 +85,7 @@ def test_a_cache_of_half_precision_gives_the_same_tokens_alone_and_in_a_crowd(ha
 def test_a_cache_of_half_precision_is_half_as_large_and_its_logits_are_float32(half):
     runner = ModelRunner(half, VersionConfig.read(half))
     runner.prefill(0, prompt_of(1, 9), 0, want_logits=True)
-    assert {tensor.element_type for tensor in runner._cache.tensors} == {np.float16}
+    assert {tensor.data.dtype for tensor in runner._cache.tensors} == {torch.float16}
     logits = runner.outputs.logits[0].numpy()
     assert logits.dtype == np.float32 and np.isfinite(logits).all()
 
@@ -139,7 +140,7 @@ def greedy(runner: ModelRunner, rows: dict[int, tuple[list[int], int]], num_new:
     """Decode the prompts of ``rows`` (row → prompt and adapter slot) together."""
     tokens: dict[int, list[int]] = {}
     for row, (prompt, slot) in rows.items():
-        runner.clear_row(row)
+        runner.free_row(row)
         runner.set_adapter(row, slot)
         runner.prefill(row, prompt, 0, want_logits=False)
         tokens[row] = [int(runner.outputs.top_ids[row, 0])]
@@ -170,7 +171,7 @@ def test_a_copied_row_keeps_its_adapter_and_a_cleared_one_has_none(runner):
     greedy(runner, {0: (prompt, 2)}, 1)
     runner.copy_row(0, 3, len(prompt))
     assert runner._adapters.adapter_ids.tolist()[:4] == [2, 0, 0, 2]
-    runner.clear_row(0)
+    runner.free_row(0)
     assert runner._adapters.adapter_ids.tolist()[:4] == [0, 0, 0, 2]
 
 
@@ -201,12 +202,12 @@ def test_what_an_adapter_leaves_out_stays_unchanged_and_a_new_one_replaces_it_wh
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(runner, slot, tensors, said):
     runner.load_adapter(1, adapter_of(1))
-    before = {name: stacked.copy() for name, stacked in runner._adapters.tensors.items()}
+    before = {name: stacked.clone() for name, stacked in runner._adapters.tensors.items()}
     with pytest.raises(InvalidRequest) as caught:
         runner.load_adapter(slot, tensors)
     assert said in str(caught.value)
     for name, stacked in runner._adapters.tensors.items():
-        assert np.array_equal(stacked, before[name])
+        assert torch.equal(stacked, before[name])
 
 
 def test_a_slot_that_does_not_exist_cannot_be_chosen(runner):

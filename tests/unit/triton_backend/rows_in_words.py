@@ -19,7 +19,13 @@ from triton_backend.sequence import RequestState, SampledToken, Sequence
 
 
 def request(
-    num_prompt_tokens: int, *, word: int = 0, source_ids: tuple[int, ...] = (), adapter: Any = None, probe: bool = False, **params: Any
+    num_prompt_tokens: int,
+    *,
+    word: int = 0,
+    source_ids: tuple[int, ...] = (),
+    adapter: Any = None,
+    probe: bool = False,
+    **params: Any,
 ) -> RequestState:
     """Prompts of the same ``word`` begin alike, for as long as the shorter one is."""
     generate = GenerateRequest("r", SamplingParams(**params), health_probe=probe)

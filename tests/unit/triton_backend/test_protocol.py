@@ -7,6 +7,7 @@ import json
 import pytest
 
 from triton_backend.errors import InvalidRequest
+from triton_backend.parameter_kinds import Flag, Number, Texts, TokenIds
 from triton_backend.protocol import (
     INPUTS,
     MAX_PROMPT_BYTES,
@@ -16,7 +17,6 @@ from triton_backend.protocol import (
     parse_request,
     response_tensors,
 )
-from triton_backend.parameter_kinds import Flag, Number, Texts, TokenIds
 from triton_backend.sampling_params import FIELDS, UNSUPPORTED, SamplingParams
 
 pytestmark = pytest.mark.unit

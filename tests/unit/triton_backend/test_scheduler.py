@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_backend.adapter_manager import AdapterRef
 from triton_backend.config import EngineConfig
 from triton_backend.scheduler import MAX_OVERTAKEN
 from triton_backend.sequence import FinishReason
@@ -13,6 +14,8 @@ from triton_backend.sequence import FinishReason
 from .rows_in_words import DrivenScheduler, request
 
 pytestmark = pytest.mark.unit
+
+A, B, C = (AdapterRef(name, "1") for name in "abc")
 
 
 def config(max_num_seqs=4, max_num_batched_tokens=8, max_queue_size=3, **options):
@@ -224,7 +227,7 @@ def test_what_a_finished_request_left_is_found_after_its_row_was_given_away():
 
 
 def test_nothing_is_shared_between_adapters_nor_when_caching_is_off():
-    for options, adapters in (({}, ("a", "b")), ({"enable_prefix_caching": False}, (None, None))):
+    for options, adapters in (({}, (A, B)), ({"enable_prefix_caching": False}, (None, None))):
         scheduler = DrivenScheduler(config(max_num_batched_tokens=64, **options), num_adapter_slots=2)
         for adapter in adapters:
             scheduler.add(state := request(30, adapter=adapter))
@@ -239,7 +242,7 @@ PROMPTS = st.tuples(st.integers(1, 40), st.integers(0, 2))
     options=st.fixed_dictionaries({"deterministic": st.booleans(), "enable_prefix_caching": st.booleans()}),
     events=st.lists(
         st.one_of(
-            st.tuples(st.just("add"), PROMPTS, st.integers(1, 4), st.integers(0, 2), st.sampled_from([None, "a", "b", "c"])),
+            st.tuples(st.just("add"), PROMPTS, st.integers(1, 4), st.integers(0, 2), st.sampled_from([None, A, B, C])),
             st.tuples(st.just("beams"), PROMPTS, st.integers(2, 4), st.integers(0, 2)),
             st.tuples(st.just("source"), st.integers(1, 40), st.integers(1, 4)),
             st.tuples(st.just("finish"), st.integers(0, 9), st.integers(0, 3)),
