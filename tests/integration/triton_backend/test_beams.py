@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -111,17 +112,34 @@ def test_beams_beside_streams_and_other_beams_equal_beams_alone(client, beams_of
         assert ids == client.ids(random_prompt(90 + i, 30), max_tokens=60, ignore_eos=True)
 
 
-def test_beams_end_at_stop_strings_and_at_stop_tokens(client):
+def test_beams_end_at_stop_strings_as_in_generate(client, beams_of):
+    num_stopped = 0
+    for seed in range(8):
+        prompt_ids = random_prompt(seed, 9)
+        text = client.ask(prompt_ids, beam_width=4, max_tokens=20).outputs[0].text
+        stop = re.search("[a-z]{1,2}", text).group()
+        options = {"num_return_sequences": 4, "early_stopping": True, "stop_strings": [stop]}
+        expected = beams_of(prompt_ids, 4, 20, tokenizer=client.tokenizer, **options)
+        outputs = client.ask(prompt_ids, beam_width=4, n=4, max_tokens=20, early_stopping=True, stop=[stop]).outputs
+        same(
+            [([i for i in output.token_ids if i], output.score) for output in outputs],
+            [([i for i in ids if i], score) for ids, score in expected],  # padding is the end token, too
+        )
+        assert all(stop not in output.text for output in outputs)
+        num_stopped += sum(output.finish_reason == "stop" for output in outputs)
+    assert num_stopped > 6
+
+
+def test_beams_end_at_stop_tokens_as_at_end_tokens(client, beams_of):
     prompt_ids = random_prompt(1, 9)
-    found = client.ask(prompt_ids, beam_width=4, n=4, max_tokens=20).outputs
-    stop = found[0].text[4:6]
-    assert all(stop in output.text for output in found), "choose another prompt"
-    outputs = client.ask(prompt_ids, beam_width=4, n=4, max_tokens=20, stop=[stop]).outputs
-    assert {output.finish_reason for output in outputs} == {"stop"}
-    assert all(stop not in output.text for output in outputs)
-    stop_id = found[0].token_ids[5]
+    stop_id = client.ask(prompt_ids, beam_width=4, max_tokens=20).outputs[0].token_ids[5]
+    expected = beams_of(prompt_ids, 4, 20, num_return_sequences=4, eos_token_id=[0, stop_id])
     outputs = client.ask(prompt_ids, beam_width=4, n=4, max_tokens=20, stop_token_ids=[stop_id]).outputs
-    assert all(stop_id not in output.token_ids[:-1] for output in outputs)
+    same([(list(output.token_ids), output.score) for output in outputs], [(cut(ids, stop_id), s) for ids, s in expected])
+
+
+def cut(ids: list[int], end_id: int) -> list[int]:
+    return ids[: ids.index(end_id) + 1] if end_id in ids else ids
 
 
 def test_a_stream_of_beams_is_one_response_with_the_texts(client):
