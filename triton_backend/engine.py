@@ -200,11 +200,17 @@ class Engine:
             self._prefill_chunk(chunk)
             if chunk.is_last:
                 self._scheduler.finish_prefill(chunk.state)
-                lead, *forks = chunk.state.decoding
-                for sequence in forks:
-                    self._runner.copy_row(lead.row, sequence.row, lead.num_computed)
-                ready += [lead, *forks]
+                ready += self._fork(chunk.state)
         return ready
+
+    def _fork(self, state: RequestState) -> tuple[Sequence, ...]:
+        """Give every sequence of a request what the leading one computed; beams take of a prompt what they need."""
+        for sequence in state.sequences[1:]:
+            if state.params.is_beam:
+                self._runner.copy_source(state.lead.row, sequence.row)
+            else:
+                self._runner.copy_row(state.lead.row, sequence.row, state.num_prompt_tokens)
+        return state.decoding
 
     def _prefill_chunk(self, chunk: PrefillChunk) -> None:
         lead, prefix = chunk.state.lead, chunk.prefix

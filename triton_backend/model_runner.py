@@ -156,6 +156,10 @@ class ModelRunner:
         for output in self.outputs:
             output[target] = output[source]
 
+    def copy_source(self, source: int, target: int) -> None:
+        """``target`` attends to the source text of ``source``; nothing to do for a model without an encoder."""
+        self._cross.copy_row(source, target)
+
     def save_row(self, row: int, num_tokens: int) -> SavedRow:
         """Copy a row out of the cache, bit for bit; its outputs are not kept."""
         return SavedRow(num_tokens, self._cache.save(row, num_tokens), self._cross.save(row))

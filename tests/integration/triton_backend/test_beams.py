@@ -135,7 +135,9 @@ def test_beams_end_at_stop_tokens_as_at_end_tokens(client, beams_of):
     stop_id = client.ask(prompt_ids, beam_width=4, max_tokens=20).outputs[0].token_ids[5]
     expected = beams_of(prompt_ids, 4, 20, num_return_sequences=4, eos_token_id=[0, stop_id])
     outputs = client.ask(prompt_ids, beam_width=4, n=4, max_tokens=20, stop_token_ids=[stop_id]).outputs
-    same([(list(output.token_ids), output.score) for output in outputs], [(cut(ids, stop_id), s) for ids, s in expected])
+    same(
+        [(list(output.token_ids), output.score) for output in outputs], [(cut(ids, stop_id), s) for ids, s in expected]
+    )
 
 
 def cut(ids: list[int], end_id: int) -> list[int]:

@@ -150,6 +150,44 @@ def test_greedy_tokens_equal_generate(client, model, options):
     assert len(seen) > 6, "a model that always says the same proves nothing"
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"early_stopping": True}, {"length_penalty": 2.0}, {"no_repeat_ngram_size": 2}], ids=str
+)
+def test_beams_equal_generate_alone_and_in_a_crowd(client, model, options):
+    lengths = (1, 4, 17, MAX_SOURCE_LEN)
+    answers = [client.submit(source_of(n, n), max_tokens=24, beam_width=4, n=2, **options) for n in lengths]
+    greedy = client.submit(source_of(3, 9), max_tokens=30)
+    for length, answer in zip(lengths, answers, strict=True):
+        source = torch.tensor([source_of(length, length)])
+        generate(model, source_of(length, length), 24, num_beams=4, num_return_sequences=2, **options)
+        with torch.inference_mode():
+            found = model.generate(
+                source, attention_mask=torch.ones_like(source), return_dict_in_generate=True, output_scores=True
+            )
+        outputs = answer.last().outputs
+        assert [until_end(output.token_ids) for output in outputs] == [
+            until_end(ids[1:]) for ids in found.sequences.tolist()
+        ]
+        assert [output.score for output in outputs] == pytest.approx(found.sequences_scores.tolist(), abs=1e-3)
+    assert list(greedy.last().outputs[0].token_ids) == generate(model, source_of(3, 9), 30)
+
+
+def until_end(ids) -> list[int]:
+    ids = list(ids)
+    return ids[: ids.index(EOS_ID)] if EOS_ID in ids else ids
+
+
+def test_an_output_can_be_told_how_to_begin(client, model):
+    prefix, source = [START_ID, 30, 40], source_of(5, 12)
+    generate(model, source, 20)
+    with torch.inference_mode():
+        ids = torch.tensor([source])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), decoder_input_ids=torch.tensor([prefix]))[
+            0, len(prefix) :
+        ].tolist()
+    assert client.ids(source, max_tokens=20, decoder_input_ids=prefix[1:]) == expected
+
+
 def test_log_probabilities_equal_the_original_model(client, model):
     source = source_of(9, 20)
     output = client.ask(source, max_tokens=20, logprobs=3, temperature=1.5, seed=1, ignore_eos=True).outputs[0]
