@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from control_plane.errors import BadRequest, NotFound
 from triton_backend.errors import InvalidRequest
-from triton_backend.sampling_params import FIELDS, UNSUPPORTED, SamplingParams
+from triton_backend.sampling_params import ALIASES, FIELDS, OTHER_PARAMETERS, UNSUPPORTED, SamplingParams
 
 MAX_PROMPTS = 256
 MAX_TOKEN_ID = 2**31 - 1
@@ -25,16 +25,13 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None, True),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "logits_processors": (None, []),
     "prompt_embeds": (None,),
     "return_tokens_as_token_ids": (None, False),
     "suffix": (None, ""),
 }
 """Known to OpenAI or vLLM, not to us, with the values that ask for nothing; the engine's own list is UNSUPPORTED."""
+_ENGINE_PARAMETERS = {*FIELDS, *ALIASES, *OTHER_PARAMETERS}
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class CompletionRequest(BaseModel):
             values["max_tokens"] = values.get("max_completion_tokens")
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
-        return {name: value for name, value in values.items() if name in FIELDS and value is not None}
+        return {name: value for name, value in values.items() if name in _ENGINE_PARAMETERS and value is not None}
 
     @property
     def include_usage(self) -> bool:
@@ -106,8 +103,6 @@ def parse_completion(body: bytes) -> tuple[CompletionRequest, SamplingParams]:
     try:
         request = CompletionRequest.model_validate(document)
         values = dict(request.model_extra or {})
-        if values.get("best_of") == values.get("n"):
-            values.pop("best_of", None)
         _refuse(values)
         params = SamplingParams.from_mapping({**_only(UNSUPPORTED, values), **request.sampling})
     except ValidationError as error:

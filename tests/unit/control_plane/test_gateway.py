@@ -79,6 +79,19 @@ def test_token_ids_are_passed_as_token_ids(client, triton, prompt, expected):
     assert [call.input_ids for call in triton.calls] == expected
 
 
+def test_beams_grammars_and_adapters_reach_the_engine(client, triton):
+    wanted = {
+        "use_beam_search": True,
+        "n": 2,
+        "length_penalty": 0.5,
+        "response_format": {"type": "json_object"},
+        "lora_name": "legal",
+        "logit_bias": {"5": 1},
+    }
+    complete(client, **wanted)
+    assert triton.calls[0].sampling == {"max_tokens": 3, **wanted}
+
+
 def test_only_what_the_client_named_reaches_the_engine(client, triton):
     complete(client, temperature=0, top_k=5, stop=None, seed=None, user="me", unknown={"x": 1}, logit_bias=None)
     assert triton.calls[0].sampling == {"max_tokens": 3, "temperature": 0, "top_k": 5}
@@ -128,11 +141,12 @@ def test_token_ids_are_returned_when_asked_for(client):
         ({"n": 0}, "n has value 0; expected a whole number from 1 to 128"),
         ({"stop": 5}, "stop has value 5; expected a string or a list"),
         ({"min_tokens": 9}, "min_tokens has value 9; expected at most max_tokens = 3"),
-        ({"best_of": 3}, "best_of has value 3, but"),
+        ({"best_of": 1, "n": 2}, "best_of has value 1; expected at least n = 2"),
         ({"suffix": "x"}, 'suffix has value "x", but'),
-        ({"logit_bias": {"5": 1}}, 'logit_bias has value {"5": 1}, but'),
+        ({"logit_bias": {"5": 101}}, "logit_bias of token 5 has value 101; expected a number from -100 to 100"),
         ({"add_special_tokens": False}, "add_special_tokens has value false, but"),
-        ({"use_beam_search": True}, "use_beam_search has value true, but"),
+        ({"use_beam_search": True, "n": 4, "top_p": 0.5}, "top_p has value 0.5 and beam_width has value 4, but beams"),
+        ({"response_format": {"type": "xml"}}, 'response_format.type has value "xml"; expected "text", "json_object"'),
         ({"echo": True, "logprobs": 1}, "echo with logprobs is not supported yet"),
         ({"echo": True, "prompt": [1]}, "echo with token ids is not supported yet"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage has value 1; expected a valid"),
