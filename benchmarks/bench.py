@@ -54,9 +54,15 @@ class Bench:
     def say(self, text: str) -> None:
         self.console.print(f"{datetime.datetime.now():%H:%M:%S} {text}", highlight=False)
 
+    def folder_of(self, name: str) -> Path:
+        """Where the files lie that ``prepare`` made for an engine."""
+        return self._folder / (ENGINES[name].files or name)
+
     def prepare(self, name: str) -> None:
         """Make the engine's files of this checkpoint unless they are there; the marker is written last."""
-        folder, wanted = self._folder / name, self._fingerprint(ENGINES[name])
+        if ENGINES[name].files:
+            return self.prepare(ENGINES[name].files)
+        folder, wanted = self.folder_of(name), self._fingerprint(ENGINES[name])
         marker = self._folder / f"{name}.{PREPARED}"
         if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
             return
@@ -71,7 +77,7 @@ class Bench:
         """Do one task in a process of the engine's environment; raises Failed with the reason."""
         spec = ENGINES[name]
         python = str(environment.PYTHON) if spec.peer else sys.executable
-        task |= {"engine": name, "checkpoint": str(self.checkpoint), "folder": str(self._folder / name)}
+        task |= {"engine": name, "checkpoint": str(self.checkpoint), "folder": str(self.folder_of(name))}
         log = self._folder / f"{name}.log"
         with log.open("w", encoding="utf-8") as stderr:
             done = subprocess.run(

@@ -40,6 +40,7 @@ from benchmarks.bench import (  # noqa: E402
 from benchmarks.engines import ENGINES, OURS  # noqa: E402
 from benchmarks.engines.llmos import MAX_MODEL_LEN, export_command  # noqa: E402
 
+MEASURED = [name for name, spec in ENGINES.items() if "export" in spec.measured]
 CONTEXT, PREFILL = 200, 512
 NUM_PROMPTS, NUM_NEW_TOKENS = 16, 16
 """Prompts that are decoded together to judge greedy tokens, and tokens of each; one longer prompt follows."""
@@ -197,7 +198,7 @@ def show(console: Console, document: results.Document) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure exported versions beside their peers.")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME")
+    parser.add_argument("--engines", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3, with --quick 1)")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of a decode step (default: 1 8 32)")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="threads per engine")
@@ -206,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", action="store_true", help="measure time and memory of exporting instead")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int4"], help="what --memory exports")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.epilog = f"NAME is one of: {', '.join(ENGINES)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
+    parser.epilog = f"NAME is one of: {', '.join(MEASURED)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
     return parser
 
 

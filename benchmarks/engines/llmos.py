@@ -1,7 +1,8 @@
 """llmos itself: ``python -m exporters``, then the engine's own ModelRunner on the version folder.
 
 The runner is what the engine drives in Triton; scheduling, sampling and text are not part of a step here, as they are
-not in the peers. Greedy tokens are the first of the graph's own ``top_ids``.
+not in the peers. Greedy tokens are the first of the graph's own ``top_ids``. Serving is measured through a real Triton:
+benchmarks/serving/triton.py.
 """
 
 from __future__ import annotations
