@@ -119,9 +119,9 @@ def _facts(spec: EngineSpec) -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """Of this process; getrusage's number would begin with the parent's, which is kept over exec."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
+def peak_rss_bytes(pid: int | str = "self") -> int:
+    """Of a process; getrusage's number would begin with the parent's, which is kept over exec."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
 

@@ -67,7 +67,7 @@ class BareGraph:
     def prefill(self, row: int, prompt: Sequence[int]) -> int:
         """Compute a whole prompt in ``row``; returns the greedy token after it."""
         length = len(prompt)
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "input_ids": np.array([prompt], dtype=np.int64),
             "position_ids": np.arange(length, dtype=np.int64)[None, :],
             "seqlens_k": np.array([length - 1], dtype=np.int32),
@@ -91,7 +91,7 @@ class BareGraph:
 
     def _step(self, num_rows: int) -> Any:
         if num_rows not in self._steps:
-            inputs = {
+            inputs: dict[str, np.ndarray] = {
                 "input_ids": self._newest[:num_rows],
                 "position_ids": self._lengths[:num_rows],
                 "seqlens_k": self._seqlens[:num_rows],

@@ -112,7 +112,7 @@ class _Words:
     def __init__(self, checkpoint: Path) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+        self._tokenizer: Any = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 
     def of(self, prompts: Prompts) -> list[list[str]]:
         return [[self._tokenizer.id_to_token(token) for token in prompt] for prompt in prompts]
