@@ -2,8 +2,8 @@
 
 f32 is written here with the ``gguf`` package; q8_0 and q4_0 are made of it by llama.cpp's own quantizer, as its users
 do. The rotary of llama.cpp's ``llama`` architecture turns neighbouring pairs, a checkpoint's turns halves: the rows of
-the query and key weights are reordered. The cache is f16, its default, but f32 beside weights in f32: with f16 its
-tokens are not the checkpoint's.
+the query and key weights are reordered. The cache is f16 and attention is flash, its defaults; with weights in f32 the
+cache is f32 and attention is not flash, because either makes its tokens differ from the checkpoint's.
 
 llama-cpp-python's own server answers one request after the other. Serving here is what llama.cpp's server does: every
 step computes the next token of all running rows and as much of waiting prompts as the batch has room for.
@@ -178,6 +178,7 @@ class _Rows:
         params.no_perf = True
         if precision == "fp32":
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise Unavailable("llama_init_from_model returned nothing")

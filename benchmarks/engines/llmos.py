@@ -15,13 +15,15 @@ from pathlib import Path
 
 from benchmarks.engines import Generate, Limits, Prompts, Unavailable, stepwise
 
-MAX_MODEL_LEN = 768
+MAX_MODEL_LEN = 2048
 REJECTED = 3
 """Exit code of an export that is complete, but whose certificate failed."""
 
 
 def export_command(checkpoint: Path, out: Path, precision: str) -> list[str]:
-    options = ["--precision", precision, "--max-model-len", str(MAX_MODEL_LEN), "--overwrite"]
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    max_model_len = min(MAX_MODEL_LEN, config.get("max_position_embeddings", MAX_MODEL_LEN))
+    options = ["--precision", precision, "--max-model-len", str(max_model_len), "--overwrite"]
     return [sys.executable, "-m", "exporters", str(checkpoint), str(out), *options]
 
 

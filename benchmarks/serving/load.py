@@ -13,7 +13,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Call:
 class Reply:
     """Responses as they arrived, or the text of the error that ended the request."""
 
-    sent_s: float
+    sent_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
     responses: list[triton.InferResult] = field(default_factory=list)
     error: str = ""
@@ -64,14 +64,18 @@ def greedy(prompt: Iterable[int], num_new: int) -> Call:
     return Call(tuple(prompt), {"temperature": 0, "max_tokens": num_new, "ignore_eos": True})
 
 
-async def ask(client: triton_aio.InferenceServerClient, model: str, call: Call) -> Reply:
-    """Send one request and keep its responses; an error of the engine is part of the reply."""
+async def ask(client: triton_aio.InferenceServerClient, model: str, call: Call, reply: Reply | None = None) -> Reply:
+    """Send one request and keep its responses; an error of the engine is part of the reply.
+
+    A caller that gives ``reply`` can watch it grow.
+    """
     request = {"model_name": model, "inputs": _inputs(call)}
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield request
 
-    reply = Reply(time.perf_counter())
+    reply = reply or Reply()
+    reply.sent_s = time.perf_counter()
     stream = client.stream_infer(requests())
     async for result, error in stream:
         if error is not None:
@@ -85,8 +89,13 @@ async def ask(client: triton_aio.InferenceServerClient, model: str, call: Call) 
     return reply
 
 
-async def ask_all(url: str, model: str, calls: Iterable[Call], num_clients: int) -> list[Reply]:
-    """The replies to ``calls``, in their order; each of n clients sends its next one when its last is answered."""
+async def ask_all(
+    url: str, model: str, calls: Iterable[Call], num_clients: int, on_reply: Callable[[int], None] = lambda count: None
+) -> list[Reply]:
+    """The replies to ``calls``, in their order; each of n clients sends its next one when its last is answered.
+
+    ``on_reply`` is told how many have been answered.
+    """
     waiting = iter(enumerate(calls))
     replies: dict[int, Reply] = {}
 
@@ -95,6 +104,7 @@ async def ask_all(url: str, model: str, calls: Iterable[Call], num_clients: int)
         async def work() -> None:
             for index, call in waiting:  # shared by all clients
                 replies[index] = await ask(client, model, call)
+                on_reply(len(replies))
 
         await asyncio.gather(*(work() for _ in range(num_clients)))
     return [replies[index] for index in sorted(replies)]
