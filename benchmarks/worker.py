@@ -81,10 +81,15 @@ def measure(generate: Generate, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(module: Any, spec: EngineSpec, task: dict[str, Any]) -> dict[str, Any]:
-    """Answer each workload by the engine's own interface, after a short one that is not counted."""
+    """Answer each workload by the engine's own interface, after a short one that is not counted.
+
+    Where a batch must end before the next begins, all waves of several clients take the same time, and one is measured.
+    """
     answer = module.serve(*_place(task), spec.precision, Limits(**task["limits"]))
     runs = []
     for workload in (Workload(**values) for values in task["workloads"]):
+        if getattr(module, "RUNS_BATCHES", False) and workload.num_clients > 1:
+            workload = dataclasses.replace(workload, waves=1)
         for each in (workload.warm_up, workload):
             loop = ClosedLoop(each.prompts, each.num_clients, each.num_new)
             answer(loop)

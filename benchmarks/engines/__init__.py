@@ -9,6 +9,7 @@ A module has two functions and runs in its engine's own environment and process:
 For benchmarks.serving it also has
 
     SERVED_BY                                                   how requests reach it, for the table
+    RUNS_BATCHES = True                                         if a batch must end before the next one begins
     serve(checkpoint, folder, precision, limits) → serve(loop)  answers a ClosedLoop, by the fairest interface it has
     beam_search(checkpoint, folder, precision, limits) → search(prompts, width, num_new)    if it has beams
 

@@ -16,6 +16,7 @@ from benchmarks.engines import Limits, Unavailable
 from benchmarks.engines.closed_loop import ClosedLoop, Serve
 
 SERVED_BY = "bare runs, static batches"
+RUNS_BATCHES = True
 
 
 def serve(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Serve:

@@ -1,11 +1,12 @@
 """onnxruntime-genai: its own model builder, then its Generator, one call per step over a shared cache.
 
-Several requests are served by its Engine. That batches continuously only over PagedAttention, which its builder makes
-for CUDA and WebGPU alone; on CPU it runs static batches: what has arrived runs to its end before the next batch starts.
-The Engine needs a graph that computes the head for the whole prompt, so there are two graphs:
+Several clients are served in static batches by the Generator too. Its Engine batches continuously only over
+PagedAttention, which the builder makes for CUDA and WebGPU alone; on CPU it runs static batches of four, whatever
+``max_batch_size`` says. A batch of prompts of different lengths is padded on the right and needs a graph that computes
+the head for every position, so there are two graphs:
 
-    OUT/           head for the last position only: the Generator, and one client alone
-    OUT/batched/   head for every position: the Engine
+    OUT/           head for the last position only: prompts of one length, and one client alone
+    OUT/batched/   head for every position: prompts of different lengths
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpoint import SPECIAL_TOKENS
 from benchmarks.engines import Generate, Limits, Prompts, Unavailable, stepwise
 from benchmarks.engines.closed_loop import Arrival, ClosedLoop, Serve
 
 BUILDER = "onnxruntime_genai.models.builder"
-SERVED_BY = "Engine, static batches; alone: Generator"
+SERVED_BY = "Generator, static batches by length"
+RUNS_BATCHES = True
 BATCHED = "batched"
-MAX_EVENTS = 256
+PAD_TOKEN_ID = SPECIAL_TOKENS.index("<pad>")
+MAX_BATCH_SIZE = 16
+"""More rows make longer steps, but not so many more tokens a second as padding costs."""
 
 
 def prepare(checkpoint: Path, out: Path, precision: str) -> None:
@@ -40,24 +46,12 @@ def _build(checkpoint: Path, out: Path, precision: str, options: list[str]) -> N
 
 
 def load(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Generate:
-    import numpy as np
-    import onnxruntime_genai as og
-
     model = _model(folder, limits)
     running: list[Any] = []
 
     def prefill(prompts: Prompts) -> list[int]:
         running.clear()
-        params = og.GeneratorParams(model)
-        params.set_search_options(
-            batch_size=len(prompts),
-            max_length=limits.max_tokens,
-            min_length=limits.max_tokens,
-            do_sample=False,
-            past_present_share_buffer=True,
-        )
-        running.append(og.Generator(model, params))
-        running[0].append_tokens(np.array(prompts, dtype=np.int32))
+        running.append(_generator(model, prompts, limits.max_tokens))
         return step([])
 
     def step(tokens: list[int]) -> list[int]:
@@ -70,64 +64,46 @@ def load(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Gene
 def serve(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Serve:
     loaded: list[tuple[bool, Any]] = []
 
-    def serve_clients(loop: ClosedLoop) -> None:
+    def serve_batches(loop: ClosedLoop) -> None:
         is_alone = loop.num_clients == 1
         if not loaded or loaded[0][0] != is_alone:
             loaded.clear()  # two models in one process would fight over the cores
             loaded.append((is_alone, _model(folder if is_alone else folder / BATCHED, limits)))
-        (_serve_alone if is_alone else _serve_batches)(loaded[0][1], loop)
+        while not loop.is_done:
+            by_length = sorted(loop.arrivals(), key=lambda arrival: len(arrival.prompt))
+            for first in range(0, len(by_length), MAX_BATCH_SIZE):
+                _answer(loaded[0][1], loop, by_length[first : first + MAX_BATCH_SIZE])
 
-    return serve_clients
+    return serve_batches
 
 
-def _serve_alone(model: Any, loop: ClosedLoop) -> None:
+def _answer(model: Any, loop: ClosedLoop, batch: Sequence[Arrival]) -> None:
+    prompts = [arrival.prompt for arrival in batch]
+    generator = _generator(model, prompts, max(map(len, prompts)) + loop.num_new)
+    for _ in range(loop.num_new):
+        generator.generate_next_token()
+        for arrival, token in zip(batch, generator.get_next_tokens(), strict=True):
+            loop.token(arrival.index, token)
+
+
+def _generator(model: Any, prompts: Prompts, max_length: int) -> Any:
     import numpy as np
     import onnxruntime_genai as og
 
-    while not loop.is_done:
-        for arrival in loop.arrivals():
-            params = og.GeneratorParams(model)
-            length = len(arrival.prompt) + loop.num_new
-            params.set_search_options(
-                batch_size=1, max_length=length, min_length=length, do_sample=False, past_present_share_buffer=True
-            )
-            generator = og.Generator(model, params)
-            generator.append_tokens(np.array([arrival.prompt], dtype=np.int32))
-            is_last = False
-            while not is_last:
-                generator.generate_next_token()
-                is_last = loop.token(arrival.index, generator.get_next_tokens()[0])
-
-
-def _serve_batches(model: Any, loop: ClosedLoop) -> None:
-    import onnxruntime_genai as og
-
-    engine = og.Engine(model)
-    events = engine.create_event_buffer(MAX_EVENTS)
-    requests: dict[int, Any] = {}
-    while not loop.is_done:
-        requests |= {arrival.index: _begin(engine, arrival, loop.num_new) for arrival in loop.arrivals()}
-        for event in engine.run(events):
-            index = next(index for index, request in requests.items() if request == event.request)
-            if event.flags.value & og.EngineEventFlags.FAILED.value:
-                raise Unavailable(f"its Engine failed: {event.error_code}")
-            if event.flags.value & og.EngineEventFlags.TOKEN.value and loop.token(index, event.token):
-                requests.pop(index).close()
-
-
-def _begin(engine: Any, arrival: Arrival, num_new: int) -> Any:
-    import numpy as np
-    import onnxruntime_genai as og
-
-    options = og.RequestOptions()
-    options.set_max_session_tokens(len(arrival.prompt) + num_new)
-    request = engine.create_request(options=options)
-    turn = og.TurnOptions(request)
-    turn.set_do_sample(False)
-    turn.set_max_generated_tokens(num_new)
-    turn.set_min_generated_tokens(num_new)
-    request.begin_turn(np.array(arrival.prompt, dtype=np.int32), turn)
-    return request
+    params = og.GeneratorParams(model)
+    params.set_search_options(
+        batch_size=len(prompts),
+        max_length=max_length,
+        min_length=max_length,
+        do_sample=False,
+        past_present_share_buffer=True,
+    )
+    ids = np.full((len(prompts), max(map(len, prompts))), PAD_TOKEN_ID, dtype=np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    return generator
 
 
 def _model(folder: Path, limits: Limits) -> Any:
@@ -135,6 +111,6 @@ def _model(folder: Path, limits: Limits) -> Any:
 
     config = og.Config(str(folder))
     options = {"intra_op_num_threads": limits.num_threads, "inter_op_num_threads": 1}
-    engine = {"static_batching": {"max_batch_size": limits.max_rows}}
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}, "engine": engine}))
+    # A pad token is what tells it where a shorter prompt ends.
+    config.overlay(json.dumps({"model": {"pad_token_id": PAD_TOKEN_ID, "decoder": {"session_options": options}}}))
     return og.Model(config)

@@ -13,6 +13,7 @@ from benchmarks.engines import BeamSearch, Generate, Limits, Prompts, stepwise
 from benchmarks.engines.closed_loop import Arrival, ClosedLoop, Serve
 
 SERVED_BY = "generate, static batches"
+RUNS_BATCHES = True
 
 
 def prepare(checkpoint: Path, out: Path, precision: str) -> None:

@@ -18,7 +18,7 @@ from benchmarks.serving import figures
 from benchmarks.serving.report import load_tables
 from benchmarks.serving.run import Run
 from benchmarks.serving.triton import MODEL
-from benchmarks.serving.workload import LONGEST, Workload
+from benchmarks.serving.workload import LONGEST, SHORTEST, Workload
 from benchmarks.worker import peak_rss_bytes
 
 KIND = "Serving"
@@ -76,7 +76,7 @@ def _summarised(run: Run, turns: dict[str, list[dict[str, Any]]]) -> dict[str, d
     for name, found in turns.items():
         assert reference is not None
         spec = ENGINES[name]
-        same = figures.agreement(_texts(found[0]), _texts(reference[0]))
+        same = _agreement(found[0]["runs"], reference[0]["runs"])
         with run.bench.leaving_out(name, run.absent):
             if spec.precision == "fp32" and same["equal_tokens"] < MIN_EQUAL_TOKENS * same["tokens"]:
                 raise Failed(f"in fp32 its greedy tokens are not those of llmos: {same}")
@@ -98,8 +98,10 @@ def _answers(run: Sequence[dict[str, Any]]) -> list[Answer]:
     return [Answer(**answer) for answer in run]
 
 
-def _texts(turn: dict[str, Any]) -> list[list[int]]:
-    return [answer["tokens"] for run in turn["runs"] for answer in run]
+def _agreement(runs: Sequence[Any], reference: Sequence[Any]) -> dict[str, int]:
+    """Over all numbers of clients; whoever answered more waves is compared on the first ones."""
+    pairs = [pair for found, others in zip(runs, reference, strict=True) for pair in zip(found, others, strict=False)]
+    return figures.agreement([found["tokens"] for found, _ in pairs], [other["tokens"] for _, other in pairs])
 
 
 def _note(run: Run) -> str:
@@ -107,7 +109,8 @@ def _note(run: Run) -> str:
     return (
         f"Medians of {options.rounds} interleaved round(s), every engine in a process of its own, threads: "
         f"{options.num_threads}. Each of n clients sends {options.waves} request(s), the next as soon as the last is "
-        f"answered: prompts of 64–256 tokens, {options.num_new} greedy tokens out. llmos is asked through Triton by a "
-        "load generator that shares its cores; the others are asked inside their own process. TTFT: from sending to "
-        "the first token. ITL: between two tokens of an answer."
+        "answered (1 where an engine runs static batches: all of them take the same time). Prompts of "
+        f"{SHORTEST}–{LONGEST} tokens, {options.num_new} greedy tokens out. llmos is asked through Triton by a load "
+        "generator that shares its cores; the others are asked inside their own process. TTFT: from sending to the "
+        "first token. ITL: between two tokens of an answer."
     )

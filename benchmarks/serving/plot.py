@@ -33,7 +33,7 @@ def draw(document: dict[str, Any], out: Path) -> None:
                 values = [each[kind]["p50"] for each in found]
                 errors = [[0.0] * len(found), [each[kind]["p95"] - each[kind]["p50"] for each in found]]
             bars = axis.barh(names, values, xerr=errors, color=colours, error_kw={"ecolor": "#555555", "lw": 1})
-            axis.bar_label(bars, fmt="%.0f", padding=4, fontsize=8)
+            axis.bar_label(bars, fmt="%.3g", padding=4, fontsize=8)
             axis.margins(x=0.18)
             axis.set_title(f"{n} client{'s' * (n != '1')}", fontsize=10)
             axis.set_xlabel(title if kind is None else f"{title}, p50; line to p95", fontsize=8)
