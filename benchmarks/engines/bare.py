@@ -62,7 +62,7 @@ class BareGraph:
         self._newest = np.zeros((rows, 1), dtype=np.int64)
         self._seqlens = np.zeros(rows, dtype=np.int32)
         self._total = np.zeros((), dtype=np.int32)
-        self._index = np.zeros(rows, dtype=np.int64)
+        self._index = np.arange(rows, dtype=np.int64)  # of the (rows, 1) new tokens, all
         self._steps: dict[int, Any] = {}
 
     def prefill(self, row: int, prompt: Sequence[int]) -> int:
