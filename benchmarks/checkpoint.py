@@ -1,8 +1,9 @@
 """The model that every engine is measured with: a Llama of 135 M parameters whose weights come from a seed.
 
-The shape is that of SmolLM-135M. Random weights take as long to multiply as trained ones, are the same wherever this
-runs, and are nobody's to license. ``make`` writes a checkpoint in Hugging Face form, tokenizer included, and keeps it;
-``python -m benchmarks.checkpoint FOLDER`` does that in a process that gives PyTorch's memory back.
+The shape is that of SmolLM-135M; beam search is measured with one of T5-small's as well. Random weights take as long to
+multiply as trained ones, are the same wherever this runs, and are nobody's to license. ``make`` writes a checkpoint in
+Hugging Face form, tokenizer included, and keeps it; ``python -m benchmarks.checkpoint FOLDER`` does that in a process
+that gives PyTorch's memory back.
 """
 
 from __future__ import annotations
@@ -31,13 +32,30 @@ CONFIG: dict[str, Any] = {
     # Twice the usual: with it, greedy text hardly repeats itself, so that one wrong position shows in the tokens.
     "initializer_range": 0.04,
 }
+# The shape of T5-small.
+SEQ2SEQ_CONFIG: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "max_position_embeddings": 512,
+    "decoder_start_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    # With it, and smaller embeddings, text depends on its source; twice as much, and fp32 is too coarse to compare.
+    "initializer_factor": 1.5,
+}
+EMBEDDING_SCALE = 0.1
 SEED = 0
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 
 
 def name(config: Mapping[str, Any] = CONFIG) -> str:
     """Of the checkpoint's folder; another shape or seed gets another one."""
-    return f"llama-{hashlib.sha256(json.dumps([SEED, dict(config)]).encode()).hexdigest()[:8]}"
+    kind = "t5" if "d_model" in config else "llama"
+    return f"{kind}-{hashlib.sha256(json.dumps([SEED, dict(config)]).encode()).hexdigest()[:8]}"
 
 
 def make(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
@@ -45,10 +63,9 @@ def make(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
     if (folder / "config.json").exists():
         return folder
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(SEED)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**config), dtype=torch.float32).eval()
+    model = _model(config)
     with torch.no_grad():
         # A logit of 0 is never the largest of so many, so no text ends by itself in any engine.
         model.get_input_embeddings().weight[config["eos_token_id"]] = 0.0
@@ -60,6 +77,17 @@ def make(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
         (staged / name).rename(folder / name)
     staged.rmdir()
     return folder
+
+
+def _model(config: Mapping[str, Any]) -> Any:
+    """A Llama, or a T5 where the configuration is one of an encoder–decoder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    if "d_model" in config:
+        model = T5ForConditionalGeneration(T5Config(**config)).eval()
+        model.get_input_embeddings().weight.data *= EMBEDDING_SCALE
+        return model
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
 
 def size_bytes(folder: Path) -> int:
@@ -99,7 +127,8 @@ def _tokenizer(vocab_size: int) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bos, eos, pad = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=pad)
+    # No text has an unknown token, but CTranslate2's converter of T5 asks what it is.
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=pad)
 
 
 if __name__ == "__main__":

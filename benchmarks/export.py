@@ -8,16 +8,11 @@ measured is named with the reason. Results go to benchmarks/results/export-DATE.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import hashlib
-import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +26,21 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import checkpoint as checkpoints  # noqa: E402
 from benchmarks import environment, exporting, results  # noqa: E402
-from benchmarks.engines import ENGINES, OURS, REFERENCE, EngineSpec  # noqa: E402
+from benchmarks.bench import (  # noqa: E402
+    BUSY_LOAD,
+    CACHE,
+    RESULTS,
+    Bench,
+    Failed,
+    Reasons,
+    machine,
+    rotated,
+    seeded_checkpoint,
+)
+from benchmarks.engines import ENGINES, OURS  # noqa: E402
 from benchmarks.engines.llmos import MAX_MODEL_LEN, export_command  # noqa: E402
 
-CACHE = ROOT / "benchmarks" / ".cache"
-RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = [name for name, spec in ENGINES.items() if "export" in spec.measured]
 CONTEXT, PREFILL = 200, 512
 NUM_PROMPTS, NUM_NEW_TOKENS = 16, 16
 """Prompts that are decoded together to judge greedy tokens, and tokens of each; one longer prompt follows."""
@@ -43,97 +48,6 @@ TIE_LOGIT_GAP = 1e-3
 """Largest gap between two logits that fp32 sums in another order may turn around."""
 MAX_MEDIAN_RANK = 0.01
 """Of a low precision's tokens in the original's order, as a fraction of the vocabulary; 0.5 is chance."""
-PREPARED = "prepared.json"
-BUSY_LOAD = 0.5
-
-Reasons = dict[str, str]
-
-
-class Failed(Exception):
-    """A worker could not do its task; the message is for the table."""
-
-
-class Bench:
-    """One run: where its files are and how its processes are started."""
-
-    def __init__(self, checkpoint: Path, num_threads: int, console: Console) -> None:
-        self.checkpoint = checkpoint
-        self.num_threads = num_threads
-        self.console = console
-        weights = [(path.name, path.stat().st_size, path.stat().st_mtime) for path in checkpoint.glob("*.safetensors")]
-        self._identity = repr((str(checkpoint.resolve()), sorted(weights)))
-        self._folder = CACHE / f"{checkpoint.name}-{hashlib.sha256(self._identity.encode()).hexdigest()[:8]}"
-
-    def say(self, text: str) -> None:
-        self.console.print(f"{datetime.datetime.now():%H:%M:%S} {text}", highlight=False)
-
-    def prepare(self, name: str) -> None:
-        """Make the engine's files of this checkpoint unless they are there; the marker is written last."""
-        folder, wanted = self._folder / name, self._fingerprint(ENGINES[name])
-        marker = self._folder / f"{name}.{PREPARED}"
-        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
-            return
-        self.say(f"{name}: preparing")
-        marker.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.work(name, do="prepare")
-        marker.write_text(json.dumps(wanted), encoding="utf-8")
-
-    def work(self, name: str, **task: Any) -> dict[str, Any]:
-        """Do one task in a process of the engine's environment; raises Failed with the reason."""
-        spec = ENGINES[name]
-        python = str(environment.PYTHON) if spec.peer else sys.executable
-        task |= {"engine": name, "checkpoint": str(self.checkpoint), "folder": str(self._folder / name)}
-        log = self._folder / f"{name}.log"
-        with log.open("w", encoding="utf-8") as stderr:
-            done = subprocess.run(
-                [python, "-m", "benchmarks.worker", json.dumps(task)],
-                cwd=ROOT,
-                env=self.environment(),
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        if done.returncode:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-            raise Failed(f"{task['do']} ended with exit code {done.returncode}: {lines[-1]} (all of it: {log})")
-        answer: dict[str, Any] = json.loads(done.stdout)
-        if "unavailable" in answer:
-            raise Failed(answer["unavailable"])
-        return answer
-
-    def judge(
-        self, prompts: list[list[int]], texts: dict[str, list[list[int]]], limits: dict[str, int]
-    ) -> dict[str, list[tuple[int, float]]]:
-        """What the original thinks of every token that the engines wrote after ``prompts``, in one process."""
-        every = [text for engine in texts.values() for text in engine]
-        self.prepare(REFERENCE)
-        answer = self.work(REFERENCE, do="judge", limits=limits, prompts=prompts * len(texts), texts=every)
-        judged = iter([(int(rank), float(gap)) for rank, gap in answer["judged"]])
-        return {name: [next(judged) for text in engine for _ in text] for name, engine in texts.items()}
-
-    @contextlib.contextmanager
-    def leaving_out(self, name: str, absent: Reasons) -> Iterator[None]:
-        """Note in ``absent`` why ``name`` cannot go on, and go on without it."""
-        try:
-            yield
-        except Failed as reason:
-            self.console.print(f"{name} is left out: {reason}", style="yellow", markup=False, soft_wrap=True)
-            absent[name] = str(reason)
-
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(self.num_threads), "HF_HUB_OFFLINE": "1"}
-
-    def _fingerprint(self, spec: EngineSpec) -> str:
-        """Changes with everything that decides what ``prepare`` writes."""
-        patterns = (f"benchmarks/engines/{spec.module}.py", "benchmarks/requirements*.txt", "constraints.txt")
-        paths = sorted(path for pattern in (*patterns, *spec.sources) for path in ROOT.glob(pattern))
-        contents = hashlib.sha256(self._identity.encode())
-        for path in paths:
-            contents.update(path.read_bytes())
-        return contents.hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,13 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written.append(str(plot))
     console.print("Written: " + ", ".join(written), highlight=False, soft_wrap=True)
     return 0 if document["engines"] or document.get("exports") else 1
-
-
-def seeded_checkpoint() -> Path:
-    folder = CACHE / checkpoints.name()
-    if not (folder / "config.json").exists():
-        subprocess.run([sys.executable, "-m", "benchmarks.checkpoint", str(folder)], cwd=ROOT, check=True)
-    return folder
 
 
 def measure_engines(bench: Bench, names: Sequence[str], document: results.Document) -> None:
@@ -256,12 +163,6 @@ def described(name: str, answer: dict[str, Any], agreement: dict[str, Any], voca
     }
 
 
-def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Every round begins with another engine, so that none always runs after the same one."""
-    first = number % max(1, len(names))
-    return [*names[first:], *names[:first]]
-
-
 def measure_exports(bench: Bench, precisions: Sequence[str]) -> tuple[dict[str, Any], Reasons]:
     """Cost of exporting the checkpoint in each precision; refused precisions with the reason."""
     found, refused = {}, {}
@@ -280,29 +181,6 @@ def measure_exports(bench: Bench, precisions: Sequence[str]) -> tuple[dict[str, 
     return found, refused
 
 
-def machine() -> dict[str, Any]:
-    """Where this ran, as far as it decides the numbers."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in _read("/proc/cpuinfo").splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor() or platform.machine(),
-    )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cpu": cpu,
-        "physical_cores": psutil.cpu_count(logical=False),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "nice": os.nice(0),
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
 def show(console: Console, document: results.Document) -> None:
     tables = {"Beside peers": results.table(document)} if document["engines"] else {}
     if document.get("exports"):
@@ -318,16 +196,9 @@ def show(console: Console, document: results.Document) -> None:
         console.print(f"{name} was not measured: {why}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure exported versions beside their peers.")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="NAME")
+    parser.add_argument("--engines", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3, with --quick 1)")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of a decode step (default: 1 8 32)")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="threads per engine")
@@ -336,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", action="store_true", help="measure time and memory of exporting instead")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int4"], help="what --memory exports")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.epilog = f"NAME is one of: {', '.join(ENGINES)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
+    parser.epilog = f"NAME is one of: {', '.join(MEASURED)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
     return parser
 
 

@@ -5,6 +5,8 @@
     {"do": "judge", …, "limits": {…}, "prompts": […], "texts": […]}        → {"judged": [[rank, gap], …]}
     {"do": "time", …, "limits": {…}, "rows": […], "context": C, "prefill": P, "steps": N, "warmup_steps": N,
      "prefills": N, "vocab_size": V}                                       → {"decode_ms": {…}, "prefill_ms": …, …}
+    {"do": "serve", …, "limits": {…}, "workloads": [{…Workload…}]}         → {"runs": [[{…Answer…}]], "versions": …, …}
+    {"do": "beam", …, "limits": {…}, "workload": {…}, "width": W, "repeats": N}  → {"seconds": […], "tokens": […], …}
 
 The result is the only line on stdout; what libraries print goes to stderr. An engine that cannot do what is asked
 answers {"unavailable": reason}.
@@ -12,18 +14,22 @@ answers {"unavailable": reason}.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
 import os
 import statistics
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import random_prompts
-from benchmarks.engines import ENGINES, Generate, Limits, Unavailable
+from benchmarks.engines import ENGINES, EngineSpec, Generate, Limits, Unavailable
+from benchmarks.engines.closed_loop import ClosedLoop
+from benchmarks.serving.workload import Workload
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +43,8 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         if task["do"] == "judge":
             limits = Limits(**task["limits"])
             return {"judged": module.judge(checkpoint, task["prompts"], task["texts"], limits)}
+        if task["do"] in SERVING:
+            return SERVING[task["do"]](module, spec, task)
         generate = module.load(checkpoint, folder, spec.precision, Limits(**task["limits"]))
     except Unavailable as reason:
         return {"unavailable": str(reason)}
@@ -72,9 +80,53 @@ def measure(generate: Generate, task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """Of this process; getrusage's number would begin with the parent's, which is kept over exec."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
+def serve(module: Any, spec: EngineSpec, task: dict[str, Any]) -> dict[str, Any]:
+    """Answer each workload by the engine's own interface, after a short one that is not counted.
+
+    Where a batch must end before the next begins, all waves of several clients take the same time, and one is measured.
+    """
+    answer = module.serve(*_place(task), spec.precision, Limits(**task["limits"]))
+    runs = []
+    for workload in (Workload(**values) for values in task["workloads"]):
+        if getattr(module, "RUNS_BATCHES", False) and workload.num_clients > 1:
+            workload = dataclasses.replace(workload, waves=1)
+        for each in (workload.warm_up, workload):
+            loop = ClosedLoop(each.prompts, each.num_clients, each.num_new)
+            answer(loop)
+        runs.append([dataclasses.asdict(reply) for reply in loop.answers])
+    return {"runs": runs, "served_by": module.SERVED_BY, **_facts(spec)}
+
+
+def search_beams(module: Any, spec: EngineSpec, task: dict[str, Any]) -> dict[str, Any]:
+    """Seconds that a beam search over all prompts of the workload at once took, each time, and its best beams."""
+    search = module.beam_search(*_place(task), spec.precision, Limits(**task["limits"]))
+    workload, width = Workload(**task["workload"]), task["width"]
+    search(workload.warm_up.prompts, width, workload.warm_up.num_new)
+    seconds = []
+    for _ in range(task["repeats"]):
+        started_s = time.perf_counter()
+        tokens = search(workload.prompts, width, workload.num_new)
+        seconds.append(time.perf_counter() - started_s)
+    return {"seconds": seconds, "tokens": tokens, "served_by": "its beam search, one batch", **_facts(spec)}
+
+
+SERVING = {"serve": serve, "beam": search_beams}
+
+
+def _place(task: dict[str, Any]) -> tuple[Path, Path]:
+    return Path(task["checkpoint"]), Path(task["folder"])
+
+
+def _facts(spec: EngineSpec) -> dict[str, Any]:
+    return {
+        "versions": {package: version(package) for package in spec.packages},
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def peak_rss_bytes(pid: int | str = "self") -> int:
+    """Of a process; getrusage's number would begin with the parent's, which is kept over exec."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
 
 

@@ -6,7 +6,14 @@ A module has two functions and runs in its engine's own environment and process:
     load(checkpoint, folder, precision, limits) → generate      ``folder`` is what prepare wrote
     generate(prompts, num_new) → Generation                     greedy, all prompts at once
 
-``prepare`` and ``load`` raise Unavailable where an engine cannot do what is asked, and the table says so.
+For benchmarks.serving it also has
+
+    SERVED_BY                                                   how requests reach it, for the table
+    RUNS_BATCHES = True                                         if a batch must end before the next one begins
+    serve(checkpoint, folder, precision, limits) → serve(loop)  answers a ClosedLoop, by the fairest interface it has
+    beam_search(checkpoint, folder, precision, limits) → search(prompts, width, num_new)    if it has beams
+
+``prepare``, ``load`` and the others raise Unavailable where an engine cannot do what is asked, and the table says so.
 """
 
 from __future__ import annotations
@@ -27,7 +34,8 @@ class EngineSpec:
 
     ``precision`` is what weights are kept in (fp32, int8, int4): engines are compared within one precision. ``peer``:
     runs in .venv-bench, not in .venv. ``packages``: whose versions a result names, the first being the engine itself.
-    ``sources``: files that decide what ``prepare`` writes, besides the module and the packages' versions.
+    ``sources``: files that decide what ``prepare`` writes, besides the module and the packages' versions. ``files``:
+    the engine whose prepared files it reads, if not its own. ``measured``: the benchmarks that it takes part in.
     """
 
     label: str
@@ -36,17 +44,29 @@ class EngineSpec:
     packages: tuple[str, ...]
     peer: bool = True
     sources: tuple[str, ...] = ()
+    files: str = ""
+    measured: tuple[str, ...] = ("export", "serving")
 
 
 _LLMOS = ("exporters/**/*.py", "triton_backend/*.py")
 _LLMOS_PACKAGES = ("llmos", "onnxruntime-gpu", "torch", "transformers")
+_BARE_PACKAGES = ("onnxruntime-gpu",)
+_TORCH_PACKAGES = ("transformers", "torch")
+_EXPORT, _SERVING = ("export",), ("serving",)
+BARE = "bare ONNX Runtime"
+"""The label of llmos's own graphs run by nothing but ONNX Runtime: the limit that serving is measured against."""
 
 ENGINES: dict[str, EngineSpec] = {
     "llmos-fp32": EngineSpec("llmos", "fp32", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
     "llmos-int8": EngineSpec("llmos", "int8", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
-    "llmos-int4": EngineSpec("llmos", "int4", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS),
-    "transformers-sdpa": EngineSpec("transformers sdpa", "fp32", "torch_sdpa", ("transformers", "torch")),
-    "transformers-eager": EngineSpec("transformers eager", "fp32", "torch_eager", ("transformers", "torch")),
+    "llmos-int4": EngineSpec("llmos", "int4", "llmos", _LLMOS_PACKAGES, peer=False, sources=_LLMOS, measured=_EXPORT),
+    "bare-fp32": EngineSpec(BARE, "fp32", "bare", _BARE_PACKAGES, peer=False, files="llmos-fp32", measured=_SERVING),
+    "bare-int8": EngineSpec(BARE, "int8", "bare", _BARE_PACKAGES, peer=False, files="llmos-int8", measured=_SERVING),
+    "transformers-sdpa": EngineSpec("transformers sdpa", "fp32", "torch_sdpa", _TORCH_PACKAGES),
+    "transformers-eager": EngineSpec("transformers eager", "fp32", "torch_eager", _TORCH_PACKAGES, measured=_EXPORT),
+    "transformers-continuous": EngineSpec(
+        "transformers continuous", "fp32", "torch_continuous", _TORCH_PACKAGES, measured=_SERVING
+    ),
     "ctranslate2-fp32": EngineSpec("CTranslate2", "fp32", "ct2", ("ctranslate2",)),
     "ctranslate2-int8": EngineSpec("CTranslate2", "int8", "ct2", ("ctranslate2",)),
     "genai-fp32": EngineSpec("onnxruntime-genai", "fp32", "genai", ("onnxruntime-genai", "onnxruntime")),
@@ -85,6 +105,8 @@ class Generation:
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], Generation]
 Load = Callable[[Path, Path, str, Limits], Generate]
+BeamSearch = Callable[[Prompts, int, int], list[list[int]]]
+"""(prompts, width, number of new tokens) → the best beam of each prompt."""
 
 
 def stepwise(prefill: Callable[[Prompts], list[int]], step: Callable[[list[int]], list[int]]) -> Generate:

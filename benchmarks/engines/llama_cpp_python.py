@@ -2,7 +2,11 @@
 
 f32 is written here with the ``gguf`` package; q8_0 and q4_0 are made of it by llama.cpp's own quantizer, as its users
 do. The rotary of llama.cpp's ``llama`` architecture turns neighbouring pairs, a checkpoint's turns halves: the rows of
-the query and key weights are reordered. The cache is f16, its default.
+the query and key weights are reordered. The cache is f16 and attention is flash, its defaults; with weights in f32 the
+cache is f32 and attention is not flash, because either makes its tokens differ from the checkpoint's.
+
+llama-cpp-python's own server answers one request after the other. Serving here is what llama.cpp's server does: every
+step computes the next token of all running rows and as much of waiting prompts as the batch has room for.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import Generate, Limits, Prompts, Unavailable, stepwise
+from benchmarks.engines.closed_loop import Arrival, ClosedLoop, Serve
 
+SERVED_BY = "llama_decode, continuous batches"
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -26,7 +32,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-MAX_UBATCH = 512
+MAX_BATCH, MAX_UBATCH = 2048, 512
+"""Tokens of a step, and of one pass through the graph: the defaults of llama.cpp's server."""
 
 
 def prepare(checkpoint: Path, out: Path, precision: str) -> None:
@@ -98,54 +105,119 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
 
 
 def load(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Generate:
-    import llama_cpp
-    import numpy as np
-
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(folder / f"{precision}.gguf").encode(), llama_cpp.llama_model_default_params()
-    )
-    if not model:
-        raise Unavailable("llama_model_load_from_file returned nothing")
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = limits.max_rows * limits.max_tokens
-    params.n_seq_max = limits.max_rows
-    params.n_batch = limits.max_tokens
-    params.n_ubatch = MAX_UBATCH
-    params.n_threads = params.n_threads_batch = limits.num_threads
-    params.no_perf = True
-    context = llama_cpp.llama_init_from_model(model, params)
-    if not context:
-        raise Unavailable("llama_init_from_model returned nothing")
-    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
-    lengths: list[int] = []
-
-    def run(rows: dict[int, Sequence[int]]) -> list[int]:
-        index = 0
-        for row, tokens in rows.items():
-            for offset, token in enumerate(tokens):
-                batch.token[index] = token
-                batch.pos[index] = lengths[row] + offset
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = row
-                batch.logits[index] = offset == len(tokens) - 1
-                index += 1
-            lengths[row] += len(tokens)
-        batch.n_tokens = index
-        code = llama_cpp.llama_decode(context, batch)
-        if code:
-            raise RuntimeError(f"llama_decode returned {code} for {index} tokens")
-        # Rows of logits come in the order of the batch, for the tokens that asked for them.
-        logits: Any = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(rows), vocab_size))
-        return [int(token) for token in logits.argmax(axis=1)]
+    rows = _Rows(folder, precision, limits)
 
     def prefill(prompts: Prompts) -> list[int]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        lengths[:] = [0] * len(prompts)
-        return [run({row: prompt})[0] for row, prompt in enumerate(prompts)]
+        rows.clear()
+        return [rows.run({row: prompt}, [row])[row] for row, prompt in enumerate(prompts)]
 
     def step(tokens: list[int]) -> list[int]:
-        return run({row: [token] for row, token in enumerate(tokens)})
+        newest = rows.run({row: [token] for row, token in enumerate(tokens)}, range(len(tokens)))
+        return [newest[row] for row in range(len(tokens))]
 
     return stepwise(prefill, step)
+
+
+def serve(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Serve:
+    rows = _Rows(folder, precision, limits)
+
+    def serve_clients(loop: ClosedLoop) -> None:
+        rows.clear()
+        clients = _Clients(loop)
+        while not loop.is_done:
+            clients.answer(rows)
+
+    return serve_clients
+
+
+class _Clients:
+    """Which request runs in which row, and what each row has still to compute."""
+
+    def __init__(self, loop: ClosedLoop) -> None:
+        self._loop = loop
+        self._free = list(range(loop.num_clients))
+        self._arrivals: dict[int, Arrival] = {}
+        self._todo: dict[int, list[int]] = {}
+
+    def answer(self, rows: _Rows) -> None:
+        """One step: rows that decode first, then prompts in order of arrival."""
+        for arrival in self._loop.arrivals():
+            row = self._free.pop()
+            rows.clear(row)
+            self._arrivals[row], self._todo[row] = arrival, list(arrival.prompt)
+        inputs: dict[int, list[int]] = {}
+        room = MAX_BATCH
+        for row in sorted(self._todo, key=lambda row: len(self._todo[row]) > 1):
+            if room:
+                inputs[row], self._todo[row] = self._todo[row][:room], self._todo[row][room:]
+                room -= len(inputs[row])
+        for row, token in rows.run(inputs, [row for row in inputs if not self._todo[row]]).items():
+            self._todo[row] = [token]
+            if self._loop.token(self._arrivals[row].index, token):
+                del self._todo[row]
+                self._free.append(row)
+
+
+class _Rows:
+    """A context of llama.cpp with a sequence per row."""
+
+    def __init__(self, folder: Path, precision: str, limits: Limits) -> None:
+        import llama_cpp
+
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            str(folder / f"{precision}.gguf").encode(), llama_cpp.llama_model_default_params()
+        )
+        if not model:
+            raise Unavailable("llama_model_load_from_file returned nothing")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = limits.max_rows * limits.max_tokens
+        params.n_seq_max = limits.max_rows
+        params.n_batch, params.n_ubatch = MAX_BATCH, MAX_UBATCH
+        params.n_threads = params.n_threads_batch = limits.num_threads
+        params.no_perf = True
+        if precision == "fp32":
+            params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._context = llama_cpp.llama_init_from_model(model, params)
+        if not self._context:
+            raise Unavailable("llama_init_from_model returned nothing")
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self._batch = llama_cpp.llama_batch_init(MAX_BATCH, 0, 1)
+        self._lengths = [0] * limits.max_rows
+
+    def clear(self, row: int = -1) -> None:
+        """Forget what one row holds, or every row."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), row, -1, -1)
+        for each in range(len(self._lengths)) if row < 0 else (row,):
+            self._lengths[each] = 0
+
+    def run(self, inputs: dict[int, Sequence[int]] | dict[int, list[int]], wanted: Sequence[int]) -> dict[int, int]:
+        """Compute the next tokens of rows; returns the greedy token after them for the rows in ``wanted``."""
+        import llama_cpp
+        import numpy as np
+
+        batch, index, order = self._batch, 0, []
+        for row, tokens in inputs.items():
+            for offset, token in enumerate(tokens):
+                batch.token[index] = token
+                batch.pos[index] = self._lengths[row] + offset
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = row
+                batch.logits[index] = row in wanted and offset == len(tokens) - 1
+                index += 1
+            self._lengths[row] += len(tokens)
+            order += [row] if row in wanted else []
+        batch.n_tokens = index
+        code = llama_cpp.llama_decode(self._context, batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code} for {index} tokens")
+        if not order:
+            return {}
+        # Rows of logits come in the order of the batch, for the tokens that asked for them.
+        logits: Any = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self._context), shape=(len(order), self._vocab_size)
+        )
+        return dict(zip(order, logits.argmax(axis=1).tolist(), strict=True))

@@ -1,7 +1,8 @@
 """llmos itself: ``python -m exporters``, then the engine's own ModelRunner on the version folder.
 
 The runner is what the engine drives in Triton; scheduling, sampling and text are not part of a step here, as they are
-not in the peers. Greedy tokens are the first of the graph's own ``top_ids``.
+not in the peers. Greedy tokens are the first of the graph's own ``top_ids``. Serving is measured through a real Triton:
+benchmarks/serving/triton.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from pathlib import Path
 
 from benchmarks.engines import Generate, Limits, Prompts, Unavailable, stepwise
 
-MAX_MODEL_LEN = 768
+MAX_MODEL_LEN = 2048
 REJECTED = 3
 """Exit code of an export that is complete, but whose certificate failed."""
 
 
 def export_command(checkpoint: Path, out: Path, precision: str) -> list[str]:
-    options = ["--precision", precision, "--max-model-len", str(MAX_MODEL_LEN), "--overwrite"]
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    max_model_len = min(MAX_MODEL_LEN, config.get("max_position_embeddings", MAX_MODEL_LEN))
+    options = ["--precision", precision, "--max-model-len", str(max_model_len), "--overwrite"]
     return [sys.executable, "-m", "exporters", str(checkpoint), str(out), *options]
 
 

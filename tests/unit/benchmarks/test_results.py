@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks import exporting, results
+from benchmarks.bench import Failed, rotated
 from benchmarks.engines import ENGINES, OURS, REFERENCE, Generation, Prompts, stepwise
 from benchmarks.environment import OPTIONAL, REQUIREMENTS, requirements_in
-from benchmarks.export import Failed, described, rotated
+from benchmarks.export import described
 from benchmarks.worker import measure
 
 pytestmark = pytest.mark.unit
