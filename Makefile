@@ -27,8 +27,9 @@ check: .venv/.installed-check ## lint and type-check
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-bench: .venv/.installed ## measure exported versions beside their peers; ARGS go to benchmarks/export.py
-	@exec .venv/bin/python benchmarks/export.py $(ARGS)
+bench: .venv/.installed ## measure exported versions, then serving, beside peers; ARGS go to both
+	@.venv/bin/python -m benchmarks.export $(ARGS)
+	@exec .venv/bin/python -m benchmarks.serving $(ARGS)
 
 # Stamps: pip runs again only when the requirements have changed.
 .venv/.installed: setup.cfg constraints.txt | .venv/bin/python

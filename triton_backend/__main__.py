@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from triton_backend.errors import EngineError, InvalidRequest
+from triton_backend.event_log import EventLog
 from triton_backend.loading import configure_logging, load_engine
 from triton_backend.protocol import GenerateRequest, GenerateResponse
+from triton_backend.replay import replay
 from triton_backend.sampling_params import SamplingParams
 
 
@@ -82,10 +84,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m triton_backend", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="version folder")
     parser.add_argument("--unsealed", action="store_true", help="the folder has no manifest yet; do not verify it")
+    parser.add_argument("--event-log", type=Path, help="write what happens to this file, prompts included")
+    parser.add_argument("--replay", type=Path, help="do again what an event log says, and compare the plans")
     arguments = parser.parse_args()
     configure_logging()
+    if arguments.replay:
+        return _replay(arguments.folder, arguments.replay, is_sealed=not arguments.unsealed)
+    events = EventLog(arguments.event_log.open("w", encoding="utf-8")) if arguments.event_log else None
     try:
-        engine, config = load_engine(arguments.folder, is_sealed=not arguments.unsealed)
+        engine, config = load_engine(arguments.folder, is_sealed=not arguments.unsealed, events=events)
     except EngineError as error:
         print(error, file=sys.stderr)
         return 1
@@ -100,6 +107,17 @@ def main() -> int:
     writer.wait()
     engine.stop()
     return 0
+
+
+def _replay(folder: Path, path: Path, is_sealed: bool) -> int:
+    try:
+        engine, _ = load_engine(folder, is_sealed=is_sealed, is_started=False)
+        num_steps, difference = replay(engine, path)
+    except (EngineError, OSError, ValueError, KeyError) as error:
+        print(f"cannot replay {path}: {error!s}", file=sys.stderr)
+        return 1
+    print(difference or f"{num_steps} steps, each as it was")
+    return 1 if difference else 0
 
 
 def _line_id(line: str) -> str:

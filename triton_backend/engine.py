@@ -12,7 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from triton_backend.adapter_store import AdapterStore
 from triton_backend.cache_manager import RowMove
 from triton_backend.config import VersionConfig
 from triton_backend.errors import EngineError, EngineStopped, InvalidRequest, QueueFull, RequestCancelled
+from triton_backend.event_log import EventLog
 from triton_backend.grammars import GrammarCompiler
 from triton_backend.metrics import EngineMetrics, MetricSink, NoMetrics
 from triton_backend.model_runner import DecodeToken, ModelRunner, SavedRow
@@ -65,6 +66,7 @@ class Engine:
         adapters: AdapterStore,
         metric_sink: MetricSink | None = None,
         digest: str = "",
+        events: EventLog | None = None,
     ) -> None:
         model, engine = config.model, config.engine
         self._config = config
@@ -72,6 +74,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._digest = digest
+        self._events = events or EventLog()
         self._intake = RequestIntake(config, tokenizer, GrammarCompiler(tokenizer, model), adapters)
         self._scheduler = Scheduler(
             engine,
@@ -98,7 +101,10 @@ class Engine:
 
     def submit(self, request: GenerateRequest, sink: ResponseSink) -> None:
         """Check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
-        self._inbox.put(Submit(self._intake.prepare(request, sink)))
+        self._inbox.put(Submit(self.prepare(request, sink)))
+
+    def prepare(self, request: GenerateRequest, sink: ResponseSink) -> RequestState:
+        return self._intake.prepare(request, sink)
 
     def stop(self) -> None:
         """End the engine thread; requests that are still inside get an error."""
@@ -119,9 +125,10 @@ class Engine:
                 self._fail_all(EngineError(f"the engine failed while computing this request: {error}"))
         self._fail_all(EngineStopped("the model is being unloaded; try again"))
 
-    def step(self) -> None:
+    def step(self, on_plan: Callable[[StepPlan], None] | None = None) -> None:
         """Advance every scheduled sequence by one chunk or one token."""
         plan = self._scheduler.schedule()
+        (on_plan or self._events.planned)(plan)
         self._arrange(plan)
         speculated = self._speculate(plan)
         ready = [*([] if speculated else self._decode(plan)), *self._prefill(plan)]
@@ -157,7 +164,7 @@ class Engine:
         except InvalidRequest as error:
             for state in tuple(self._scheduler.states()):
                 if state.adapter == adapter:
-                    self._abort(state, error)
+                    self.abort(state, error)
             self._scheduler.forget_adapter(adapter)
 
     def _start(self, sequence: Sequence, adapter_slot: int) -> None:
@@ -269,7 +276,7 @@ class Engine:
             state.first_token_s = state.first_token_s or now_s
             state.last_token_s = now_s
             if (error := _grammar_error(state)) is not None:
-                self._abort(state, InvalidRequest(error))
+                self.abort(state, InvalidRequest(error))
                 continue
             self._free(s for s in state.sequences if s.is_finished or state.is_finished)
             response = self._outputs[state].next_response(self._request_metrics(state) if state.is_finished else {})
@@ -298,16 +305,20 @@ class Engine:
             is_idle = False
             if isinstance(message, Stop):
                 self._is_stopping = True
-            elif self._scheduler.is_full and not message.state.request.health_probe:
-                waiting = self._scheduler.num_waiting
-                self._send_error(message.state, QueueFull(
-                    f"{waiting} requests are waiting already (max_queue_size = {self._config.engine.max_queue_size}); "
-                    "try again later"
-                ))  # fmt: skip
             else:
-                state = message.state
-                self._scheduler.add(state)
-                self._outputs[state] = RequestOutput(state, self._tokenizer, self._config.engine.stream_interval)
+                self.accept(message.state)
+
+    def accept(self, state: RequestState) -> None:
+        """Queue a request, or refuse it if too many are waiting."""
+        if self._scheduler.is_full and not state.request.health_probe:
+            self._send_error(state, QueueFull(
+                f"{self._scheduler.num_waiting} requests are waiting already "
+                f"(max_queue_size = {self._config.engine.max_queue_size}); try again later"
+            ))  # fmt: skip
+            return
+        self._scheduler.add(state)
+        self._events.submitted(state)
+        self._outputs[state] = RequestOutput(state, self._tokenizer, self._config.engine.stream_interval)
 
     def _drop_lost_requests(self) -> None:
         """Take out requests whose client left or whose deadline passed, at whatever stage they are."""
@@ -321,11 +332,13 @@ class Engine:
         for state in tuple(self._scheduler.states()):
             is_waiting = all(sequence.row < 0 for sequence in state.sequences)
             if now_s >= state.deadline_s:
-                self._abort(state, RequestCancelled(f"timeout_ms = {state.request.params.timeout_ms} has passed"))
+                self.abort(state, RequestCancelled(f"timeout_ms = {state.request.params.timeout_ms} has passed"))
             elif (polls_waiting or not is_waiting) and state.sink.is_cancelled():
-                self._abort(state, RequestCancelled("the client cancelled the request"))
+                self.abort(state, RequestCancelled("the client cancelled the request"))
 
-    def _abort(self, state: RequestState, error: EngineError) -> None:
+    def abort(self, state: RequestState, error: EngineError) -> None:
+        """End a request with an error, at whatever stage it is."""
+        self._events.aborted(state, str(error))
         self._forget(state)
         self._metrics.request_aborted(state)
         self._send_error(state, error)
@@ -333,7 +346,7 @@ class Engine:
 
     def _fail_all(self, error: EngineError) -> None:
         for state in tuple(self._scheduler.states()):
-            self._abort(state, error)
+            self.abort(state, error)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):

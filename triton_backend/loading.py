@@ -13,6 +13,7 @@ from triton_backend.adapter_store import AdapterStore
 from triton_backend.config import VersionConfig
 from triton_backend.engine import Engine
 from triton_backend.errors import VersionFolderError
+from triton_backend.event_log import EventLog
 from triton_backend.metrics import MetricSink
 from triton_backend.model_runner import ModelRunner
 from triton_backend.tokenizer import Tokenizer
@@ -34,11 +35,16 @@ def configure_logging() -> None:
 
 
 def load_engine(
-    folder: Path, metric_sink: MetricSink | None = None, is_sealed: bool = True
+    folder: Path,
+    metric_sink: MetricSink | None = None,
+    is_sealed: bool = True,
+    events: EventLog | None = None,
+    is_started: bool = True,
 ) -> tuple[Engine, VersionConfig]:
     """Load ``folder`` and start its engine; raises VersionFolderError naming the file that is missing, changed or bad.
 
-    ``is_sealed`` is False only while an exporter tests a folder that has no manifest yet.
+    ``is_sealed`` is False only while an exporter tests a folder that has no manifest yet; ``is_started`` only where
+    steps are taken by hand.
     """
     # ONNX Runtime's and torch's spinning threads fight over the cores; sampling is small, so it gets one thread.
     torch.set_num_threads(1)
@@ -56,9 +62,9 @@ def load_engine(
         graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
         raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
     runner.free_row(0)
-    engine = Engine(
-        config, runner, Tokenizer(folder), AdapterStore(folder.parent / "adapters", digest), metric_sink, digest
-    )
-    engine.start()
+    adapters = AdapterStore(folder.parent / "adapters", digest)
+    engine = Engine(config, runner, Tokenizer(folder), adapters, metric_sink, digest, events)
+    if is_started:
+        engine.start()
     log.info("engine_started", folder=str(folder), digest=digest[:12], max_model_len=config.engine.max_model_len)
     return engine, config

@@ -62,7 +62,12 @@ class Sequence:
     state: RequestState
 
     def __init__(
-        self, index: int, prompt_ids: tuple[int, ...], params: SamplingParams, grammar: GrammarState | None = None
+        self,
+        index: int,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        seed: int = 0,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.index = index
         self.prompt_ids = prompt_ids
@@ -77,7 +82,7 @@ class Sequence:
         self.row = -1
         self.num_computed = 0
         # A string seed is hashed with sha512 by `random`, so neighbouring seeds and indices give unrelated streams.
-        self.rng = random.Random(None if params.seed is None else f"{params.seed}/{index}")
+        self.rng = random.Random(f"{seed}/{index}")
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -124,6 +129,7 @@ class RequestState:
     """One request inside the engine. Times are ``time.monotonic`` seconds; 0.0 until they happened.
 
     ``source_ids`` are for the encoder, which reads them whole before the prompt is computed; empty for a model without.
+    ``seed`` is the client's, or drawn.
     ``arrival`` is the request's place in the order of arrival, ``num_overtaken`` how often a later one started first.
     """
 
@@ -131,6 +137,7 @@ class RequestState:
     sequences: tuple[Sequence, ...]
     sink: ResponseSink
     arrived_s: float
+    seed: int
     source_ids: tuple[int, ...] = ()
     adapter: AdapterRef | None = None
     search: BeamSearch | None = None
@@ -161,12 +168,13 @@ class RequestState:
         adapter: AdapterRef | None = None,
     ) -> RequestState:
         params = request.params
+        seed = random.getrandbits(63) if params.seed is None else params.seed
         sequences = tuple(
-            Sequence(index, prompt_ids, params, grammar.copy() if grammar else None)
+            Sequence(index, prompt_ids, params, seed, grammar.copy() if grammar else None)
             for index in range(params.num_sequences)
         )
         deadline_s = now_s + params.timeout_ms / 1000 if params.timeout_ms else float("inf")
-        state = cls(request, sequences, sink, now_s, source_ids, adapter, deadline_s=deadline_s)
+        state = cls(request, sequences, sink, now_s, seed, source_ids, adapter, deadline_s=deadline_s)
         for sequence in sequences:
             sequence.state = state
         if params.prompt_logprobs is not None:

@@ -132,8 +132,8 @@ def integrity_after_every_step(monkeypatch):
 
     step = Engine.step
 
-    def checked_step(self):
-        step(self)
+    def checked_step(self, *args):
+        step(self, *args)
         self._scheduler.check_integrity()
 
     monkeypatch.setattr(Engine, "step", checked_step)
