@@ -26,7 +26,7 @@ from exporters.prompts import Prompt
 from exporters.usage import peak_rss_bytes_of
 from triton_backend.config import VersionConfig
 
-GREEDY = {"temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0}
+GREEDY = {"temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Explicit, because a version's own generation_config would fill in what a request leaves out."""
 
 

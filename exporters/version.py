@@ -29,7 +29,19 @@ from exporters.rope import constant_frequency_limit
 from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
 from triton_backend.version_folder import MANIFEST_JSON, sha256_of
 
-GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "num_beams": "beam_width",
+    "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
+}
+"""Of generation_config.json, with the engine's names."""
 MAX_NUM_BATCHED_TOKENS = 512
 GRAPH = "model.onnx"
 
@@ -105,8 +117,8 @@ def version_config(
         precision=export.precision,
         cache_type=CACHE_TYPES[export.precision, export.device],
         generation_defaults={
-            name: checkpoint.generation_config[name]
-            for name in GENERATION_DEFAULTS
+            engine_name: checkpoint.generation_config[name]
+            for name, engine_name in GENERATION_DEFAULTS.items()
             if checkpoint.generation_config.get(name) is not None
         },
     )

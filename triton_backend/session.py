@@ -11,9 +11,11 @@ import torch
 
 from triton_backend.errors import VersionFolderError
 
+CPU = torch.device("cpu")
+
 
 def load_session(
-    path: Path, num_threads: int, device: torch.device, *, is_occasional: bool = False
+    path: Path, num_threads: int, device: torch.device = CPU, *, is_occasional: bool = False
 ) -> onnxruntime.InferenceSession:
     """A session over ``path`` with ``num_threads`` threads (0: one per physical core); raises VersionFolderError.
 
