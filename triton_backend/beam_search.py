@@ -114,7 +114,7 @@ class BeamSearch:
                 continue
             beams = range(first, first + len(group.beams)) if self._has_branched else range(1)
             found = group.advance([candidates[beam] for beam in beams], chosen, partial(_ends_in, ends, beams))
-            chosen.update(choice.candidate.token_id for choice in found)
+            chosen.update(group.chosen)
             extensions += [
                 Extension(beams[c.parent], c.candidate.token_id, float(c.score), c.candidate.logprob) for c in found
             ]
@@ -144,6 +144,7 @@ class _Group:
         self.num_kept = max(2, 1 + len(end_token_ids)) * width
         self.beams: list[_Beam] = [_Beam()]
         self.hypotheses: list[Hypothesis] = []
+        self.chosen: list[int] = []
         self.is_finished = False
 
     def advance(self, candidates: Sequence[Sequence[Candidate]], chosen: Counter[int], ends: Ends) -> list[_Choice]:
@@ -151,6 +152,8 @@ class _Group:
         self._length += 1
         kept = self._best_choices(candidates, chosen)
         reasons = [self._end_reason(choice, ends) for choice in kept]
+        going = [choice for choice, reason in zip(kept, reasons, strict=True) if reason != "stop"]
+        self.chosen = [choice.candidate.token_id for choice in going[: self._width]]
         is_full = len(self.hypotheses) == self._width
         if not (is_full and self._params.early_stopping is True):
             self._find([item for item in zip(kept[: self._width], reasons, strict=False) if item[1] is not None])
@@ -209,7 +212,7 @@ class _Group:
         )
 
     def _normalised(self, score: np.float32, length: int) -> np.float32:
-        return score / np.float32(length**self._params.length_penalty)
+        return score / np.float32(float(length) ** self._params.length_penalty)
 
     def _is_over(self, best_score: np.float32) -> bool:
         """Whether no beam can become better than the hypotheses; ``best_score`` is that of the best beam."""

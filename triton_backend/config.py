@@ -73,8 +73,9 @@ class ModelConfig:
     ``num_top_logits`` is K of the graph's ``top_logits``/``top_ids`` outputs. ``precision`` is what weights are kept
     and multiplied in, ``cache_type`` the type of keys and values. ``generation_defaults`` holds the sampling parameters
     of the checkpoint's generation_config.json, used where a request names none. An encoder–decoder's decoder begins
-    with ``decoder_start_token_id``, which is not part of the output, then ``forced_bos_token_id`` if any, which is. ``forced_eos_token_id`` is the last token of an output that reaches
-    max_tokens. ``source_vocab_size`` is the encoder's, if it differs from the decoder's.
+    with ``decoder_start_token_id``, which is not part of the output, then ``forced_bos_token_id`` if any, which is.
+    ``forced_eos_token_id`` is the last token of an output that reaches max_tokens. ``source_vocab_size`` is the
+    encoder's, if it differs from the decoder's.
     An encoder's embeddings have ``embedding_size`` numbers, made from token vectors by ``pooling`` and scaled to length
     1 if ``normalize``; the graph does both.
     """

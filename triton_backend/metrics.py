@@ -136,7 +136,7 @@ class EngineMetrics:
         if state.num_draft_tokens:
             record(DRAFT_TOKENS, state.num_draft_tokens)
             record(ACCEPTED_TOKENS, state.num_accepted_tokens)
-        longest = max(len(sequence.output_ids) for sequence in state.returned)
+        longest = max((len(sequence.output_ids) for sequence in state.returned), default=0)
         if longest > 1:
             record(INTER_TOKEN_LATENCY, decode_s / (longest - 1))
         for sequence in state.returned:

@@ -155,6 +155,11 @@ def _check(params: SamplingParams) -> None:
             "diversity_penalty",
             "0, unless num_beam_groups is above 1",
         ),
+        (
+            params.diversity_penalty == 0 and params.num_beam_groups > 1,
+            "diversity_penalty",
+            "a number above 0, since groups would all find the same",
+        ),
     )  # fmt: skip
     for is_broken, name, expected in rules:
         if is_broken:
@@ -192,7 +197,7 @@ FIELDS: dict[str, Number | Flag | Text | Texts | TokenIds | Biases] = {
     "priority": Number(int, -1000, 1000),
     "timeout_ms": Number(int, 0, LARGE),
     "beam_width": Number(int, 0, 128),
-    "length_penalty": Number(float, -100.0, 100.0),
+    "length_penalty": Number(float, -10.0, 10.0),
     "early_stopping": Flag(also="never"),
     "num_beam_groups": Number(int, 1, 128),
     "diversity_penalty": Number(float, 0.0, 100.0),

@@ -115,7 +115,7 @@ def test_token_ids_in_and_out(client: openai.OpenAI, stack: Stack) -> None:
         ({"prompt": "word " * 20000}, openai.BadRequestError, "token"),
         ({"prompt": ""}, openai.BadRequestError, "empty"),
         ({"prompt": [2**31 - 1]}, openai.BadRequestError, "2147483647"),
-        ({"extra_body": {"logit_bias": {"1": 5}}}, openai.BadRequestError, "logit_bias"),
+        ({"extra_body": {"logit_bias": {"1": 500}}}, openai.BadRequestError, "logit_bias"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

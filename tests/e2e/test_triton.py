@@ -184,7 +184,7 @@ def _no_echo(request: dict) -> dict:
     [
         (
             {"text_input": "word " * 5000},
-            r"INVALID_ARG: the prompt has \d+ tokens, but the model's context is \d+ tokens",
+            r"INVALID_ARG: the prompt has 25000 characters, which are at least \d+ tokens; expected at most \d+ tokens",
         ),
         ({"text_input": ""}, "INVALID_ARG: the prompt is empty"),
         ({"max_tokens": 0}, "max_tokens has value 0; expected a whole number ≥ 1"),
@@ -193,8 +193,10 @@ def _no_echo(request: dict) -> dict:
         ({"min_tokens": 30, "max_tokens": 3}, "min_tokens has value 30"),
         ({"sampling_parameters": "{"}, "sampling_parameters is not valid JSON"),
         ({"sampling_parameters": '{"max_tokens": "many"}'}, 'max_tokens has value "many"'),
-        ({"sampling_parameters": '{"logit_bias": {"1": 2}}'}, "logit_bias has value"),
-        ({"beam_width": 4}, "beam_width has value 4"),
+        ({"sampling_parameters": '{"logit_bias": {"1": 200}}'}, "logit_bias of token 1 has value 200"),
+        ({"beam_width": 4, "top_p": 0.5}, "top_p has value 0.5 and beam_width has value 4, but beams do not sample"),
+        ({"sampling_parameters": '{"guided_regex": "(("}'}, "the regex grammar cannot be used: .*unclosed group"),
+        ({"lora_name": "legal"}, "adapter has value 'legal', but this version has no slots for adapters"),
         ({"num_return_sequences": 100}, "n has value 100"),
     ],
 )
