@@ -247,9 +247,11 @@ class Scheduler:
             plan.copies += copies
 
     def _prefill_budget(self, num_decodes: int) -> int:
-        """Prompt tokens of one step; fewer while streams are running, since they wait for the whole step."""
+        """Prompt tokens of one step. While streams are running, which wait for the whole step, it is a share for every
+        request whose prompt is being computed: one long prompt is slowed down, many new requests are not."""
         budget = self._config.max_num_batched_tokens - num_decodes
-        return min(budget, self._config.long_prefill_token_threshold) if num_decodes else budget
+        shares = self._config.long_prefill_token_threshold * len(self._prefilling)
+        return min(budget, shares) if num_decodes else budget
 
     def _plan_probe(self) -> tuple[PrefillChunk, ...]:
         if not self._probes:
