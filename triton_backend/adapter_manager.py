@@ -74,6 +74,12 @@ class AdapterManager:
         self._free.append(self._slots.pop(ref))
         self._unused.pop(ref, None)
 
+    def forget_all(self) -> None:
+        """Nothing is in use, and what lies in the slots is not sure."""
+        assert not self._num_users
+        for ref in tuple(self._slots):
+            self.forget(ref)
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot is lost or given twice; run by tests."""
         slots = [*self._free, *self._slots.values()]

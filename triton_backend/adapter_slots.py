@@ -67,5 +67,7 @@ class AdapterSlots:
         expected = tuple(self.tensors[name].shape[1:])
         if matrix.shape != expected:
             raise InvalidRequest(f"the adapter's {name} has shape {matrix.shape}; this model expects {expected}")
+        if matrix.dtype != np.float32:
+            raise InvalidRequest(f"the adapter's {name} has type {matrix.dtype}; this model expects float32")
         if not np.isfinite(matrix).all():
             raise InvalidRequest(f"the adapter's {name} holds NaN or infinite values; train or convert it again")

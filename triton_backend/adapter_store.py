@@ -41,17 +41,16 @@ class AdapterStore:
     def names(self) -> list[str]:
         if not self._folder.is_dir():
             return []
-        return sorted(path.parent.name for path in self._folder.glob(f"*/{version_folder.MANIFEST_JSON}"))
+        found = (path.parent.name for path in self._folder.glob(f"*/{version_folder.MANIFEST_JSON}"))
+        return sorted(name for name in found if NAME.fullmatch(name))
 
     def open(self, name: str) -> AdapterRef:
         """The adapter called ``name`` as it lies there now; raises InvalidRequest if there is none, or a bad one."""
-        manifest = self._folder / name / version_folder.MANIFEST_JSON
-        if not NAME.fullmatch(name) or not manifest.is_file():
+        stamp = self._stamp(name) if NAME.fullmatch(name) else None
+        if stamp is None:
             names = self.names()
             known = ", ".join(names[:MAX_NAMES_SHOWN]) + (", …" if len(names) > MAX_NAMES_SHOWN else "")
             raise InvalidRequest(f"adapter has value {name!r:.140}; this model has {known or 'no adapters'}")
-        status = manifest.stat()
-        stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         with self._lock:
             if name in self._opened and self._opened[name][0] == stamp:
                 return self._opened[name][1]
@@ -62,22 +61,32 @@ class AdapterStore:
 
     def read(self, ref: AdapterRef) -> Mapping[str, np.ndarray]:
         """Graph input name → matrix; raises InvalidRequest if the adapter is not what was opened any more."""
-        if self._verified(ref.name) != ref:
-            raise InvalidRequest(f"adapter {ref.name!r} was replaced while the request waited; send it again")
         try:
             tensors: dict[str, np.ndarray] = load_file(self._folder / ref.name / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise InvalidRequest(f"adapter {ref.name!r} cannot be read: {error}; convert it again") from error
+        except (OSError, SafetensorError, TypeError, AttributeError) as error:  # NumPy lacks some of its types
+            raise InvalidRequest(f"adapter {ref.name!r} cannot be read: {error!r}; convert it again") from error
+        if self._verified(ref.name) != ref:  # afterwards, so that what was read is what was verified
+            raise InvalidRequest(f"adapter {ref.name!r} was replaced while the request waited; send it again")
         return tensors
+
+    def _stamp(self, name: str) -> tuple[int, int, int] | None:
+        """Changes with the adapter; None if there is none."""
+        try:
+            status = (self._folder / name / version_folder.MANIFEST_JSON).stat()
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
 
     def _verified(self, name: str) -> AdapterRef:
         folder = self._folder / name
         try:
+            if folder.is_symlink():
+                raise VersionFolderError(f"{folder} is a link; an adapter is a plain folder")
             version_folder.verify(folder)
             facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             base = str(facts["base"]["digest"])
             digest = version_folder.digest(folder)
-        except (VersionFolderError, OSError, ValueError, KeyError, TypeError) as error:
+        except (VersionFolderError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.args[0] if isinstance(error, VersionFolderError) else repr(error)
             raise InvalidRequest(f"adapter {name!r} is damaged: {reason}; convert it again") from error
         if self._version_digest and base != self._version_digest:

@@ -138,6 +138,10 @@ class CacheManager:
         sequence.row = target
         return [*copies, RowMove(sequence, source, target)]
 
+    def forget_contents(self) -> None:
+        """What free rows hold is not sure: copies that were planned were perhaps not made."""
+        self._contents.clear()
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a row is lost, owned twice or known differently by its sequence; run by tests."""
         used, free = set(self._owners), set(self._free)

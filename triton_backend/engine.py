@@ -123,6 +123,7 @@ class Engine:
             except Exception as error:  # a failed step must not take later requests with it
                 log.exception("step_failed")
                 self._fail_all(EngineError(f"the engine failed while computing this request: {error}"))
+                self._scheduler.forget_shared()
         self._fail_all(EngineStopped("the model is being unloaded; try again"))
 
     def step(self, on_plan: Callable[[StepPlan], None] | None = None) -> None:

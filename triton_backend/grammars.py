@@ -102,7 +102,7 @@ class GrammarCompiler:
     def _new_matcher(self, spec: GrammarSpec) -> LLMatcher:
         try:
             grammar = GRAMMARS[spec.kind](spec.text)
-        except (ValueError, RecursionError) as error:
+        except Exception as error:  # the library's converters raise whatever they meet
             raise InvalidRequest(f"the {spec.kind} grammar is not valid: {error}; correct it") from None
         matcher = LLMatcher(self._tokens(), grammar, log_level=0, limits=LIMITS)
         if not matcher.is_error():
@@ -127,7 +127,9 @@ class GrammarCompiler:
 
 
 def _choice(text: str) -> str:
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in json.loads(text)))
+    return LLMatcher.grammar_from_lark(
+        "start: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in json.loads(text))
+    )
 
 
 def _json_schema(text: str) -> str:

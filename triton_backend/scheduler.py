@@ -167,6 +167,11 @@ class Scheduler:
             if state in waiting:
                 waiting.remove(state)
 
+    def forget_shared(self) -> None:
+        """A plan was not carried out, and its requests were removed: nothing that it moved may be used again."""
+        self._cache.forget_contents()
+        self._adapters.forget_all()
+
     def forget_adapter(self, adapter: AdapterRef) -> None:
         """It could not be loaded; all requests that wanted it were removed."""
         self._adapters.forget(adapter)
