@@ -265,8 +265,7 @@ class Engine:
         for state in dict.fromkeys(states):
             assert state.search is not None
             candidates = self._sampler.beam_candidates(state.beams, state.search.num_candidates, self._runner.outputs)
-            output = self._outputs[state]
-            for copy in beam_rows.advance(state, candidates, output.completes_stop, self._sampler.fork):
+            for copy in beam_rows.advance(state, candidates, self._outputs[state].ends_beam, self._sampler.fork):
                 self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
             self._num_generated += len(state.beams)
 

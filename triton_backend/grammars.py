@@ -13,6 +13,8 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from triton_backend.grammar_params import GrammarSpec
 from triton_backend.tokenizer import Tokenizer
 
 MAX_COMPILED = 64
+STACK_BYTES = 512 << 20
 # About 20 ms for the lexer of a grammar and 15 ms for one mask; a step waits for the slowest.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
@@ -93,7 +96,7 @@ class GrammarCompiler:
     def compile(self, spec: GrammarSpec) -> GrammarState:
         """The beginning of a grammar; raises InvalidRequest that says what is wrong with it."""
         with self._lock:
-            matcher = self._compiled.pop(spec, None) or self._new_matcher(spec)
+            matcher = self._compiled.pop(spec, None) or _with_deep_stack(partial(self._new_matcher, spec))
             self._compiled[spec] = matcher
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -124,6 +127,20 @@ class GrammarCompiler:
                     f"this model's tokenizer cannot be used for structured output ({error}); leave the grammar out"
                 ) from None
         return self._ll_tokenizer
+
+
+def _with_deep_stack(compile_: Callable[[], LLMatcher]) -> LLMatcher:
+    """Run ``compile_`` in a thread with room for a chain of rules as long as a grammar may be.
+
+    The library descends a chain rule by rule: 4,000 of them overflow a usual stack, which no limit of its own prevents
+    and which would end the process. The stack is reserved, not used.
+    """
+    normal_bytes = threading.stack_size(STACK_BYTES)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            return pool.submit(compile_).result()
+    finally:
+        threading.stack_size(normal_bytes)
 
 
 def _choice(text: str) -> str:

@@ -40,9 +40,14 @@ class RequestOutput:
         if stopped:
             sequence.finish_reason = FinishReason.STOP
 
-    def completes_stop(self, parent: int, token_id: int) -> bool:
-        """Whether beam ``parent`` with one more token contains a stop string."""
+    def ends_beam(self, parent: int, token_id: int) -> bool:
+        """Whether beam ``parent`` ends with one more token: by a stop string, or because its grammar is complete."""
         params, beam = self._state.params, self._state.beams[parent]
+        if beam.grammar is not None:
+            grammar = beam.grammar.copy()
+            grammar.accept(token_id)
+            if grammar.is_finished:
+                return True
         if not params.stop or len(beam.output_ids) < params.min_tokens:
             return False
         text = self._tokenizer.decode([*beam.output_ids, token_id], params.skip_special_tokens)
