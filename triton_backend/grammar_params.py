@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from triton_backend.errors import InvalidRequest
-from triton_backend.parameter_kinds import require_encodable, shown
+from triton_backend.parameter_kinds import Flag, require_encodable, shown
 
 MAX_GRAMMAR_CHARS = 256 * 1024
 MAX_CHOICES = 1024
@@ -40,7 +40,8 @@ def grammar_from(values: Mapping[str, Any]) -> GrammarSpec | None:
 
 def _parsed(name: str, parse: Callable[[str, Any, Mapping[str, Any]], GrammarSpec | None], values: Any) -> Any:
     value = values.get(name)
-    if value in (None, "", {}):
+    is_typed = name == "guided_decoding_guide" and values.get("guided_decoding_guide_type") not in (None, "")
+    if value in (None, "", {}) and not is_typed:
         return None
     spec = parse(name, value, values)
     if spec is not None and len(spec.text) > MAX_GRAMMAR_CHARS:
@@ -65,7 +66,7 @@ def _structured_outputs(name: str, value: Any, values: Mapping[str, Any]) -> Gra
     given = {key: one for key, one in _object(name, value).items() if one not in (None, False)}
     kinds = {
         "json": _schema, "regex": _regex, "choice": _choice, "grammar": _grammar,
-        "json_object": lambda name, value: GrammarSpec("json_object"),
+        "json_object": _json_object,
     }  # fmt: skip
     known = [key for key in given if key in kinds]
     if len(known) != 1:
@@ -78,9 +79,11 @@ def _guide(name: str, value: Any, values: Mapping[str, Any]) -> GrammarSpec | No
     if kind == "json":
         return GrammarSpec("json_object")
     kinds = {"json_schema": _schema, "regex": _regex, "ebnf_grammar": _grammar}
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         expected = ", ".join(["json", *kinds])
         raise InvalidRequest(f"guided_decoding_guide_type has value {shown(kind)}; expected one of {expected}")
+    if value in (None, "", {}):
+        raise InvalidRequest(f"{name} is missing; expected one, since guided_decoding_guide_type is {kind}")
     return kinds[kind](name, value)
 
 
@@ -95,6 +98,10 @@ def _schema(name: str, value: Any) -> GrammarSpec:
     else:
         raise InvalidRequest(f"{name} has value {shown(value)}; expected a JSON schema")
     return GrammarSpec("json_schema", text)
+
+
+def _json_object(name: str, value: Any) -> GrammarSpec | None:
+    return GrammarSpec("json_object") if Flag().parse(name, value) else None
 
 
 def _regex(name: str, value: Any) -> GrammarSpec:

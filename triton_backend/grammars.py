@@ -14,7 +14,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,11 @@ from triton_backend.grammar_params import GrammarSpec
 from triton_backend.tokenizer import Tokenizer
 
 MAX_COMPILED = 64
-STACK_BYTES = 512 << 20
+# llguidance recurses once per reference: 2000 of them overflow 8 MiB and end the process, and the longest grammar that
+# is let in holds 16,000, for which 64 MiB are enough. Only what is touched is memory.
+STACK_BYTES = 256 << 20
+# The library's converter takes time by the square of a chain of rules: 0.7 s for 1000, 7 s for 4000.
+MAX_GBNF_RULES = 1000
 # About 20 ms for the lexer of a grammar and 15 ms for one mask; a step waits for the slowest.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
@@ -96,13 +99,16 @@ class GrammarCompiler:
     def compile(self, spec: GrammarSpec) -> GrammarState:
         """The beginning of a grammar; raises InvalidRequest that says what is wrong with it."""
         with self._lock:
-            matcher = self._compiled.pop(spec, None) or _with_deep_stack(partial(self._new_matcher, spec))
+            matcher = self._compiled.pop(spec, None) or self._new_matcher(spec)
             self._compiled[spec] = matcher
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return GrammarState(matcher.deep_copy())
 
     def _new_matcher(self, spec: GrammarSpec) -> LLMatcher:
+        return on_deep_stack(lambda: self._build(spec))
+
+    def _build(self, spec: GrammarSpec) -> LLMatcher:
         try:
             grammar = GRAMMARS[spec.kind](spec.text)
         except Exception as error:  # the library's converters raise whatever they meet
@@ -129,28 +135,35 @@ class GrammarCompiler:
         return self._ll_tokenizer
 
 
-def _with_deep_stack(compile_: Callable[[], LLMatcher]) -> LLMatcher:
-    """Run ``compile_`` in a thread with room for a chain of rules as long as a grammar may be.
+def on_deep_stack(build: Callable[[], LLMatcher]) -> LLMatcher:
+    """What ``build`` returns or raises, from a thread with ``STACK_BYTES`` of stack."""
+    with _stack_size_lock:
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            pool = ThreadPoolExecutor(1, "grammar")
+            result = pool.submit(build)
+        finally:
+            threading.stack_size(usual)
+    with pool:
+        return result.result()
 
-    The library descends a chain rule by rule: 4,000 of them overflow a usual stack, which no limit of its own prevents
-    and which would end the process. The stack is reserved, not used.
-    """
-    normal_bytes = threading.stack_size(STACK_BYTES)
-    try:
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            return pool.submit(compile_).result()
-    finally:
-        threading.stack_size(normal_bytes)
+
+_stack_size_lock = threading.Lock()  # the size is the process's, for threads that start next
 
 
 def _choice(text: str) -> str:
-    return LLMatcher.grammar_from_lark(
-        "start: " + " | ".join(json.dumps(item, ensure_ascii=False) for item in json.loads(text))
-    )
+    items = (json.dumps(item, ensure_ascii=False).replace("\x7f", "\\u007f") for item in json.loads(text))
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(items))
 
 
 def _json_schema(text: str) -> str:
     return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+
+
+def _gbnf(text: str) -> str:
+    if (num_rules := text.count("::=")) > MAX_GBNF_RULES:
+        raise ValueError(f"it has {num_rules} rules; expected at most {MAX_GBNF_RULES}")
+    return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
 
 
 GRAMMARS: dict[str, Callable[[str], str]] = {
@@ -159,7 +172,7 @@ GRAMMARS: dict[str, Callable[[str], str]] = {
     "regex": LLMatcher.grammar_from_regex,
     "choice": _choice,
     "lark": LLMatcher.grammar_from_lark,
-    "gbnf": lambda text: LLMatcher.grammar_from_lark(gbnf_to_lark(text)),
+    "gbnf": _gbnf,
 }
 
 

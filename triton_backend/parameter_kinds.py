@@ -143,7 +143,7 @@ class Biases:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise InvalidRequest(f"{name} has an entry {shown(pair)}; expected {self}")
             token_id = Number(int, 0, LARGE).parse(f"a token id of {name}", pair[0])
-            biases[int(token_id)] = float(Number(float, -100.0, 100.0).parse(f"{name} of token {pair[0]}", pair[1]))
+            biases[int(token_id)] = float(Number(float, -100.0, 100.0).parse(f"{name} of token {token_id}", pair[1]))
         return tuple(sorted(biases.items()))
 
     def __str__(self) -> str:
@@ -172,5 +172,12 @@ def shown(value: Any) -> str:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
-        text = repr(value)
+        text = _python_shown(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _python_shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, or lists in lists in lists
+        return f"a {type(value).__name__} that is too large to show"

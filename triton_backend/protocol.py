@@ -114,7 +114,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 
 _INPUT_BY_NAME = {spec.name: spec for spec in INPUTS}
 # The plain booleans of GenerateRequest; every other input is a prompt or a sampling parameter.
-_FLAG_INPUTS = tuple(spec.name for spec in INPUTS if spec.data_type == "TYPE_BOOL")
+_FLAG_INPUTS = tuple(spec.name for spec in INPUTS if spec.data_type == "TYPE_BOOL" and spec.name not in FIELDS)
 _PARAMETER_INPUTS = tuple(
     spec.name
     for spec in INPUTS
@@ -251,15 +251,23 @@ def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[
     known = {*FIELDS, *ALIASES, *OTHER_PARAMETERS, *UNSUPPORTED, *_PARAMETER_INPUTS}
     values = {name: value for name, value in parameters.items() if name in known}
     if "sampling_parameters" in tensors:
-        values.update(_sampling_parameters(_single("sampling_parameters", tensors["sampling_parameters"])))
+        values = _over(values, _sampling_parameters(_single("sampling_parameters", tensors["sampling_parameters"])))
+    own: dict[str, Any] = {}
     for name in _PARAMETER_INPUTS:
         if name in tensors:
             spec = _INPUT_BY_NAME[name]
             items = [_decode(name, i) if spec.data_type == "TYPE_STRING" else i for i in tensors[name]]
-            values[name] = items if spec.dims == (-1,) else _single(name, items)
+            own[name] = items if spec.dims == (-1,) else _single(name, items)
+    values = _over(values, own)
     if values.get("end_id") == -1:
         del values["end_id"]
     return values
+
+
+def _over(values: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """``stronger`` wins under whichever of a parameter's names either has it."""
+    fields = {ALIASES.get(name, name) for name in stronger}
+    return {name: value for name, value in values.items() if ALIASES.get(name, name) not in fields} | stronger
 
 
 def _sampling_parameters(encoded: bytes | str) -> dict[str, Any]:

@@ -105,10 +105,10 @@ class SamplingParams:
 
 def _beam_width(given: Mapping[str, Any], values: Mapping[str, Any], defaults: Mapping[str, Any]) -> int:
     """A width that was asked for; the model's own only for a request that asks for nothing which beams exclude."""
-    if given.get("beam_width"):
-        return int(given["beam_width"])
-    if values.get("use_beam_search") is not None and Flag().parse("use_beam_search", values["use_beam_search"]):
-        return int(given.get("n", 1))
+    if "beam_width" in given:
+        return max(1, given["beam_width"])
+    if values.get("use_beam_search") is not None:
+        return int(given.get("n", 1)) if Flag().parse("use_beam_search", values["use_beam_search"]) else 1
     excluding = given.keys() & {*_SAMPLING, "best_of", "do_sample"} or given.get("logprobs")
     width = int(defaults.get("beam_width", 1))
     return 1 if excluding or given.get("n", 1) > width else width

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from triton_backend.errors import InvalidRequest
+from triton_backend.grammar_params import GrammarSpec
 from triton_backend.parameter_kinds import Flag, Number, Texts, TokenIds
 from triton_backend.protocol import (
     INPUTS,
@@ -46,6 +47,27 @@ def test_a_tensor_beats_json_which_beats_request_parameters_which_beat_the_model
     request = parse_request("r", tensors, {"max_tokens": 3, "top_k": 3, "top_p": 0.3}, {"top_p": 0.9, "min_p": 0.1})
     assert (request.params.max_tokens, request.params.top_k) == (1, 2)
     assert (request.params.top_p, request.params.min_p) == (0.3, 0.1)
+
+
+def test_a_tensor_wins_under_each_of_a_parameters_names():
+    weaker = b'{"num_return_sequences": 3, "n": 2, "stop": ["a"], "min_tokens": 5}'
+    request = parse(sampling_parameters=[weaker], num_return_sequences=[4], stop_words=[b"b"], min_length=[1])
+    assert (request.params.n, request.params.stop, request.params.min_tokens) == (4, ("b",), 1)
+    tensors = {"text_input": [b"x"], "sampling_parameters": [b'{"n": 2}']}
+    assert parse_request("r", tensors, {"num_return_sequences": 3}).params.n == 2
+
+
+def test_every_tensor_of_a_parameter_reaches_it():
+    params = parse(
+        beam_width=[4], length_penalty=[0.5], early_stopping=[True], lora_name=[b"legal"], decoder_input_ids=[1, 2],
+        guided_decoding_guide=[b"a+"], guided_decoding_guide_type=[b"regex"],
+    ).params  # fmt: skip
+    assert (params.beam_width, params.length_penalty, params.early_stopping) == (4, 0.5, True)
+    assert (params.adapter, params.decoder_input_ids, params.grammar) == ("legal", (1, 2), GrammarSpec("regex", "a+"))
+
+
+def test_scores_and_prompt_log_probabilities_are_absent_unless_asked_for():
+    assert not {"sequence_scores", "prompt_logprobs"} & response_tensors(parse(), RESPONSE).keys()
 
 
 def test_unknown_parameters_are_ignored():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_models_own_beams_are_for_requests_that_ask_for_nothing_else():
     assert parse({"beam_width": 2}, defaults).beam_width == 2
 
 
+@pytest.mark.parametrize("no_beams", [{"beam_width": 0}, {"beam_width": 1}, {"use_beam_search": False}], ids=str)
+def test_a_request_without_beams_has_none_whatever_the_model_would_do(no_beams):
+    assert parse(no_beams, {"beam_width": 4}).beam_width == 1
+    assert parse({"use_beam_search": None}, {"beam_width": 4}).beam_width == 4
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_is_its_field(alias, name):
+    value = {"diversity_penalty": 1, "adapter": "legal", "stop": ["x"], "stop_token_ids": [3]}.get(name, 2)
+    also = {"beam_width": 4, "num_beam_groups": 2} if name == "diversity_penalty" else {}
+    params = parse({alias: value, **also})
+    assert params == parse({name: value, **also})
+    assert getattr(params, name) != getattr(SamplingParams(), name)
+
+
 def test_other_servers_names_mean_the_same():
     assert parse({"use_beam_search": True, "n": 4}).beam_width == 4
     assert parse({"use_beam_search": "false", "n": 4}).beam_width == 1
@@ -164,6 +180,27 @@ def test_more_parameters_than_anybody_needs_are_refused_unread():
 def test_half_a_character_is_refused_with_its_place(name):
     value = ["ab\ud83d"] if name in ("stop", "bad_words", "guided_choice") else "ab\ud83d"
     assert f"{name} has half a character (\\ud83d) at position 2" in refused({name: value})
+
+
+STRANGE = [True, "x", [True], [None], {"a": {}}, [[1, 2, 3]], math.nan, math.inf, -math.inf, "\ud83d", 10**4000]
+STRANGE.append(10**5000)  # which Python does not write out
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_another_type_is_refused_by_name_in_one_line(name):
+    num_refused = 0
+    for value in STRANGE:
+        try:
+            parse({name: value})
+        except InvalidRequest as error:
+            num_refused += 1
+            said = error.args[0]
+            assert name in said and len(said) < 300 and "\n" not in said
+    assert num_refused >= len(STRANGE) - 2, "each kind takes at most two of these"
+
+
+def test_the_name_of_a_biased_token_does_not_make_an_error_long():
+    assert len(refused({"logit_bias": {"0" * 4000 + "7": "x"}})) < 200
 
 
 JSON = st.recursive(
