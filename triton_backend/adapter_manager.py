@@ -35,6 +35,7 @@ class AdapterManager:
     """Owner of the slot table; used by the scheduler, on the engine thread."""
 
     def __init__(self, num_slots: int) -> None:
+        self._num_slots = num_slots
         self._free = list(range(num_slots, 0, -1))
         self._slots: dict[AdapterRef, int] = {}
         self._num_users: dict[AdapterRef, int] = {}
@@ -82,8 +83,7 @@ class AdapterManager:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot is lost or given twice; run by tests."""
-        slots = [*self._free, *self._slots.values()]
-        assert len(slots) == len(set(slots))
+        assert sorted((*self._free, *self._slots.values())) == list(range(1, self._num_slots + 1))
         assert set(self._unused) == set(self._slots) - set(self._num_users)
         assert all(count > 0 for count in self._num_users.values())
 

@@ -322,5 +322,5 @@ def _check(request: GenerateRequest, tensors: Mapping[str, Sequence[Any]]) -> No
         )
     if request.stream and tensors.get("exclude_input_in_output") and not request.exclude_input_in_output:
         raise InvalidRequest("exclude_input_in_output is false, but streams never repeat the prompt; leave it out")
-    if request.health_probe and (request.params.max_tokens != 1 or request.params.n != 1):
-        raise InvalidRequest("health_probe needs max_tokens = 1 and n = 1")
+    if request.health_probe and (params.max_tokens != 1 or params.n != 1 or params.adapter):
+        raise InvalidRequest("health_probe needs max_tokens = 1, n = 1 and no adapter")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
 import numpy as np
+import peft
 import pytest
+import torch
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from triton_backend import version_folder
 from triton_backend.adapter_manager import AdapterManager, AdapterRef
@@ -94,10 +97,22 @@ def test_beams_and_several_sequences_follow_the_adapter(client):
     assert len({output.token_ids for output in sampled}) == 1
 
 
-@pytest.mark.parametrize("name", ["e", "../a", "a/../b", "a\0", "a" * 128, "Å", ".", "%2e"])
+@pytest.mark.parametrize(
+    "name", ["e", "../a", "a/../b", "a\0", "a" * 128, "Å", ".", "%2e", "\N{CYRILLIC SMALL LETTER A}", "１"]
+)
 def test_an_unknown_adapter_is_refused_with_those_that_exist(client, name):
     with pytest.raises(InvalidRequest, match="this model has a, b, c, d"):
         client.ask([5], adapter=name)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\ud800", 5, ["a"]])
+def test_a_name_that_is_no_name_is_refused(client, name):
+    with pytest.raises(InvalidRequest, match=r"^INVALID_ARG: adapter has "):
+        client.ask([5], adapter=name)
+
+
+def test_an_empty_name_asks_for_no_adapter(client, model):
+    assert client.ids([5, 6], max_tokens=6, ignore_eos=True, adapter="") == expected(model, [5, 6], 6, None)
 
 
 def test_a_version_without_slots_says_so(engine, checkpoint):
@@ -183,3 +198,130 @@ def test_the_adapter_unused_for_longest_makes_room():
     assert (placement.slot, placement.needs_load) == (2, True)
     assert manager.active == ("a", "c")
     manager.check_integrity()
+
+
+def options_of(number: int) -> dict:
+    """Greedy, seeded, beams and several sequences in turn."""
+    seeded = {"temperature": 1.0, "seed": number}
+    kinds = ({}, seeded, {"beam_width": 3, "n": 2}, {"n": 2, **seeded})
+    return {"max_tokens": 6 + number % 7, "ignore_eos": True, **kinds[number % 4]}
+
+
+def test_every_way_to_choose_tokens_gives_the_same_with_an_adapter_alone_and_in_a_crowd(client):
+    names = [(None, *NAMES)[number * 7 % 5] for number in range(24)]
+    prompts = [prompt_of(number % 3, 20 + number % 3) for number in range(24)]  # the same ones under many adapters
+    answers = [
+        client.submit(prompt, **options_of(number), adapter=name, priority=-number)
+        for number, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+    ]
+    together = [answer.last() for answer in answers]
+    assert [response.error for response in together] == [None] * 24
+    for number, response in enumerate(together):
+        alone = client.ask(prompts[number], **options_of(number), adapter=names[number])
+        assert response.outputs == alone.outputs, (number, names[number])
+
+
+def test_a_preempted_request_goes_on_with_its_adapter_though_others_took_its_slot(client, model):
+    prompts = [prompt_of(number, 9) for number in range(6)]
+    slow = [
+        client.submit(prompt, n=4, max_tokens=40, ignore_eos=True, adapter=name, priority=1)
+        for prompt, name in zip(prompts[:2], "ab", strict=True)
+    ]
+    urgent = [
+        client.submit(prompt, n=4, max_tokens=10, ignore_eos=True, adapter=name)
+        for prompt, name in zip(prompts[2:], "cdcd", strict=True)
+    ]
+    for answer, prompt, name in zip(urgent, prompts[2:], "cdcd", strict=True):
+        for output in answer.last().outputs:
+            assert list(output.token_ids) == expected(model, prompt, 10, name)
+    for answer, prompt, name in zip(slow, prompts[:2], "ab", strict=True):
+        for output in answer.last().outputs:
+            assert list(output.token_ids) == expected(model, prompt, 40, name)
+
+
+def test_an_adapter_that_is_used_again_and_again_is_loaded_once(client, monkeypatch):
+    loaded: list[int] = []
+    load = client.engine._runner.load_adapter
+
+    def counted(slot, tensors):
+        loaded.append(slot)
+        load(slot, tensors)
+
+    monkeypatch.setattr(client.engine._runner, "load_adapter", counted)
+    for name in ("a", "b", "a", "b", None, "a"):
+        client.ids([5, 6], max_tokens=2, adapter=name)
+    assert loaded == [1, 2]
+    client.ids([5, 6], max_tokens=2, adapter="c")  # b was unused for longest
+    client.ids([5, 6], max_tokens=2, adapter="a")
+    assert loaded == [1, 2, 2]
+
+
+def test_a_deleted_adapter_serves_on_where_it_lies_and_ends_all_who_wait_for_it(client, directory, model):
+    for number, name in enumerate("zy"):
+        write_adapter(directory / "adapters" / name, number)
+    options = {"max_tokens": 50, "ignore_eos": True}
+    running = [iter(client.submit([5, i], stream=True, adapter=name, **options)) for i, name in enumerate("zc")]
+    begun = [next(stream) for stream in running]
+    late = client.submit([5, 4], adapter="z", **options)
+    waiting = [client.submit([5, i], max_tokens=50, n=1 + i, adapter="y") for i in range(3)]
+    plain = client.submit([5, 3], **options)
+    for name in "zy":
+        shutil.rmtree(directory / "adapters" / name)
+    assert ["adapter 'y' cannot be read" in answer.last().error for answer in waiting] == [True] * 3
+    assert list(plain.last().outputs[0].token_ids) == expected(model, [5, 3], 50, None)
+    assert list(late.last().outputs[0].token_ids) == expected(model, [5, 4], 50, "a")
+    for i, (first, stream) in enumerate(zip(begun, running, strict=True)):
+        tokens = [token for response in (first, *stream) for token in response.outputs[0].token_ids]
+        assert tokens == expected(model, [5, i], 50, "ac"[i])
+    with pytest.raises(InvalidRequest, match="adapter has value 'z'; this model has a, b, c, d"):
+        client.ask([5], adapter="z")
+
+
+def test_a_client_that_leaves_while_it_waits_for_a_slot_costs_nobody_anything(client, model):
+    running = [client.submit([5, i], max_tokens=50, ignore_eos=True, adapter=name) for i, name in enumerate("ab")]
+    left = client.submit([5, 6], max_tokens=50, adapter="c")
+    left.gone = True
+    late = client.submit([5, 7], max_tokens=9, ignore_eos=True, adapter="d")
+    for i, answer in enumerate(running):
+        assert list(answer.last().outputs[0].token_ids) == expected(model, [5, i], 50, "ab"[i])
+    assert list(late.last().outputs[0].token_ids) == expected(model, [5, 7], 9, "d")
+    left.last()
+
+
+def test_tokens_are_those_of_peft_after_a_real_export(checkpoint, tokenizer, tmp_path):
+    from exporters import ExportConfig, export
+    from exporters.adapters.__main__ import convert
+
+    version = tmp_path / "model" / "1"
+    export(ExportConfig(str(checkpoint), version, max_num_seqs=4, lora_slots=1, lora_rank=RANK), certify=False)
+    ids, plain = tokenizer("for number in")["input_ids"], AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    wrapped = None
+    for name, rank in (("poet", RANK), ("cook", 1)):
+        config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        wrapped = wrapped or peft.get_peft_model(plain, config, adapter_name=name)
+        if name not in wrapped.peft_config:
+            wrapped.add_adapter(name, config)
+    torch.manual_seed(1)
+    for path, parameter in wrapped.named_parameters():
+        if "lora_" in path:
+            torch.nn.init.normal_(parameter, std=0.3)
+    wrapped.eval().save_pretrained(tmp_path / "peft")
+
+    def generated(name: str | None) -> list[int]:
+        wrapped.set_adapter(name or "poet")
+        with torch.inference_mode(), contextlib.nullcontext() if name else wrapped.disable_adapter():
+            found = wrapped.generate(input_ids=torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        return found[0, len(ids) :].tolist()
+
+    for name in ("poet", "cook"):
+        convert(tmp_path / "peft" / name, version, version.parent / "adapters" / name)
+    names = [None, "poet", "cook", "poet", None, "cook"]
+    wanted = {name: generated(name) for name in names}
+    assert len({tuple(tokens) for tokens in wanted.values()}) == 3
+    engine, _ = load_engine(version)
+    try:
+        answers = [Client(engine, tokenizer).submit(ids, max_tokens=20, adapter=name) for name in names]
+        for name, answer in zip(names, answers, strict=True):
+            assert list(answer.last().outputs[0].token_ids) == wanted[name]
+    finally:
+        engine.stop()

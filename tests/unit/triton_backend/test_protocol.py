@@ -119,6 +119,7 @@ def test_a_known_parameter_that_cannot_be_honoured_is_refused_unless_it_asks_for
         ({"stream": [True], "exclude_input_in_output": [False]}, "streams never repeat the prompt"),
         ({"min_tokens": [9], "max_tokens": [3]}, "min_tokens has value 9; expected at most max_tokens = 3"),
         ({"health_probe": [True], "max_tokens": [2]}, "health_probe needs max_tokens = 1"),
+        ({"health_probe": [True], "max_tokens": [1], "lora_name": [b"a"]}, "n = 1 and no adapter"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(tensors, said):

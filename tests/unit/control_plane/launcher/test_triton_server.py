@@ -29,13 +29,14 @@ def test_triton_listens_on_loopback_only_and_loads_nothing_by_itself(settings: S
     assert "--disable-auto-complete-config" in command
 
 
-def test_control_apis_need_the_key_and_inference_does_not(settings: Settings) -> None:
+def test_control_apis_need_the_key_and_inference_and_statistics_do_not(settings: Settings) -> None:
     restricted = [part for part in triton_server.command(settings) if "restricted" in part]
     assert len(restricted) == 2
     for option in restricted:
         apis, _, key = option.partition("=")[2].partition(":")
         assert key == f"admin-key={triton_admin_key(settings)}"
-        assert "model-repository" in apis and "shared-memory" in apis and "inference" not in apis
+        assert "model-repository" in apis and "shared-memory" in apis
+        assert "inference" not in apis and "statistics" not in apis
 
 
 def test_shared_memory_carries_a_prefix_of_its_own_per_installation(tmp_path: Path) -> None:
