@@ -35,8 +35,8 @@ EXIT_TIMEOUT_S = 10
 """How long requests that run when the server is stopped may go on."""
 STUB_MEMORY_BYTES = 8 << 20
 STUB_MEMORY_GROWTH_BYTES = 4 << 20
-# Everything but health, metadata, model configuration, statistics and inference. Applications need no key; perf_analyzer,
-# for one, asks for statistics, and /metrics tells the same to everybody.
+# Everything but health, metadata, model configuration, statistics and inference. Applications need no key; load
+# generators ask for statistics, and /metrics tells the same to everybody.
 RESTRICTED_APIS = "model-repository,shared-memory,logging,trace"
 
 
