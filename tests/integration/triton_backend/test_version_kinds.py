@@ -197,7 +197,7 @@ def test_what_an_adapter_leaves_out_stays_unchanged_and_a_new_one_replaces_it_wh
             "'lora.layers.9.query.a', which this model cannot change",
         ),
         (1, {"lora.layers.0.query.a": np.zeros((WIDTH, 8))}, "has shape (32, 8); this model expects (32, 4)"),
-        (1, {"lora.layers.0.query.a": np.full((WIDTH, RANK), np.nan)}, "holds NaN or infinite values"),
+        (1, {"lora.layers.0.query.a": np.full((WIDTH, RANK), np.nan, np.float32)}, "holds NaN or infinite values"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(runner, slot, tensors, said):
