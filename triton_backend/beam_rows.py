@@ -2,7 +2,7 @@
 
 A request's sequences are its rows. The best child of a beam stays in its parent's row; the others move into rows of
 beams that died, and only what differs there is copied, since beams that branched late share most of their past.
-Standard library only; owned by the engine thread.
+No tensors: what is to be copied is returned. Owned by the engine thread.
 
     beams  A  B  C      extensions  A·x  A·y  C·z      row of A: A·x    row of B: A·y, copied    row of C: C·z
 """

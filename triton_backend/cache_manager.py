@@ -139,7 +139,7 @@ class CacheManager:
         return [*copies, RowMove(sequence, source, target)]
 
     def forget_contents(self) -> None:
-        """What free rows hold is not sure: copies that were planned were perhaps not made."""
+        """What free rows hold is not sure: what was planned for them was perhaps not carried out."""
         self._contents.clear()
 
     def check_integrity(self) -> None:

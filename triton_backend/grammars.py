@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,16 +74,14 @@ class GrammarState:
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[:vocab_size]
         return np.pad(bits, (0, vocab_size - len(bits))).astype(bool)
 
+    def mask(self, logits: torch.Tensor) -> None:
+        """Set to −inf in ``logits`` (V), in place, what may not come next; nothing if that cannot be told."""
+        allowed = self.allowed(len(logits))
+        if allowed is not None:
+            logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), float("-inf"))
+
     def _fail(self) -> None:
         self.error = f"the output's grammar cannot be followed any further: {_reason(self._matcher)}; make it simpler"
-
-
-def apply_grammar_masks(logits: torch.Tensor, states: Sequence[GrammarState | None]) -> None:
-    """Set to −inf in ``logits`` (B, V), in place, what each row's grammar forbids."""
-    for row, state in zip(logits, states, strict=True):
-        allowed = state.allowed(len(row)) if state is not None else None
-        if allowed is not None:
-            row.masked_fill_(torch.from_numpy(~allowed).to(row.device), float("-inf"))
 
 
 class GrammarCompiler:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from triton_backend.config import ModelConfig
-from triton_backend.grammars import apply_grammar_masks
 from triton_backend.sampling_params import SamplingParams
 from triton_backend.sequence import Sequence
 from triton_backend.token_history import TokenHistory
@@ -46,7 +45,7 @@ class LogitsProcessors:
         if params.allowed_token_ids is not None:
             allow_only(logits, self._inside(params.allowed_token_ids))
         if sequence.grammar is not None:
-            apply_grammar_masks(logits[None, :], [sequence.grammar])
+            sequence.grammar.mask(logits)
         if not bool(torch.isfinite(logits.max())):  # nothing is left: let the text end
             ends = self._inside((*params.stop_token_ids, *self._config.eos_token_ids)) or [0]
             logits[ends] = 0.0

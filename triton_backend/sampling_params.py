@@ -95,7 +95,8 @@ class SamplingParams:
         given["beam_width"] = _beam_width(given, values, defaults or {})
         given["grammar"] = grammar_from(values)
         params = cls(**{**(defaults or {}), **given})
-        if params.is_beam and params.do_sample is not True:
+        is_search = params.is_beam or _wants_beam_search(values)
+        if is_search and params.do_sample is not True:
             params = _without_sampling(params, given)
         elif params.do_sample is False:
             params = dataclasses.replace(params, temperature=0.0)
@@ -108,10 +109,16 @@ def _beam_width(given: Mapping[str, Any], values: Mapping[str, Any], defaults: M
     if "beam_width" in given:
         return max(1, given["beam_width"])
     if values.get("use_beam_search") is not None:
-        return int(given.get("n", 1)) if Flag().parse("use_beam_search", values["use_beam_search"]) else 1
+        return int(given.get("n", 1)) if _wants_beam_search(values) else 1
     excluding = given.keys() & {*_SAMPLING, "best_of", "do_sample"} or given.get("logprobs")
     width = int(defaults.get("beam_width", 1))
     return 1 if excluding or given.get("n", 1) > width else width
+
+
+def _wants_beam_search(values: Mapping[str, Any]) -> bool:
+    """vLLM's clients name no width: as many beams as sequences are returned, and one beam is greedy."""
+    flag = values.get("use_beam_search")
+    return flag is not None and Flag().parse("use_beam_search", flag) is True
 
 
 _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
@@ -121,7 +128,7 @@ _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_
 def _without_sampling(params: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
     for name, neutral in _SAMPLING.items():
         value = given.get(name, neutral)
-        is_off = value == neutral or (name == "temperature" and value == 0) or (name == "top_k" and value <= 0)
+        is_off = value == neutral or (name == "temperature" and value == 0) or (name == "top_k" and value <= 1)
         if not is_off:
             raise InvalidRequest(
                 f"{name} has value {value} and beam_width has value {params.beam_width}, but beams do not sample; "
@@ -138,6 +145,7 @@ def _check(params: SamplingParams) -> None:
         (params.do_sample is True and params.is_greedy, "do_sample", "false, or a temperature above 0"),
         (params.best_of is not None and params.best_of < n, "best_of", f"at least n = {n}"),
         (params.best_of is not None and params.is_beam, "best_of", f"nothing, since beam_width = {width} is given"),
+        (params.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or a whole number ≥ 1"),
         (params.is_beam and n > width, "n", f"at most beam_width = {width}"),
         (
             params.is_beam and params.logprobs,

@@ -110,10 +110,6 @@ class Scheduler:
         return self._cache.num_used / self._config.max_num_seqs
 
     @property
-    def active_adapters(self) -> tuple[str, ...]:
-        return self._adapters.active
-
-    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._prefilling or self._running or self._probes)
 
@@ -173,7 +169,8 @@ class Scheduler:
         self._adapters.forget_all()
 
     def forget_adapter(self, adapter: AdapterRef) -> None:
-        """It could not be loaded; all requests that wanted it were removed."""
+        """It could not be loaded; all requests that wanted it were removed, after chunks of theirs had been planned."""
+        self._cache.forget_contents()
         self._adapters.forget(adapter)
 
     def check_integrity(self) -> None:

@@ -62,6 +62,7 @@ def refused(values, defaults=None) -> str:
         ({"early_stopping": "sometimes"}, 'early_stopping has value "sometimes"; expected true, false or "never"'),
         ({"logit_bias": {"x": 1}}, 'a token id of logit_bias has value "x"'),
         ({"logit_bias": [[1, 2, 3]]}, "logit_bias has an entry [1, 2, 3]"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens has value 0; expected -1, or a whole number ≥ 1"),
         ({"length_penalty": 11}, "length_penalty has value 11; expected a number from -10 to 10"),
         ({"sequence_bias": {"1": 2}}, 'sequence_bias has value {"1": 2}, but this engine does not support it'),
     ],
@@ -105,6 +106,8 @@ def test_an_alias_is_its_field(alias, name):
 def test_other_servers_names_mean_the_same():
     assert parse({"use_beam_search": True, "n": 4}).beam_width == 4
     assert parse({"use_beam_search": "false", "n": 4}).beam_width == 1
+    assert parse({"use_beam_search": True}, {"temperature": 0.7}).is_greedy
+    assert parse({"beam_width": 4, "top_k": 1}).is_greedy
     assert parse({"beam_width": 0}).beam_width == parse({"num_beams": 1}).beam_width == 1
     assert parse({"lora_name": "legal"}).adapter == "legal" and parse({"lora_name": ""}).adapter is None
     assert parse({"logit_bias": {"7": -1, "3": "2.5"}}).logit_bias == ((3, 2.5), (7, -1.0))
