@@ -144,11 +144,15 @@ def markdown(document: Document) -> str:
 
 
 def write(document: Document, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write ``name``.json and ``name``.md; an earlier result of that name is replaced."""
+    return save(document, markdown(document), folder, name)
+
+
+def save(document: Document, text: str, folder: Path, name: str) -> tuple[Path, Path]:
+    """Write ``name``.json and, as ``text`` tells it, ``name``.md; an earlier result of that name is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     json_path, markdown_path = folder / f"{name}.json", folder / f"{name}.md"
     json_path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    markdown_path.write_text(markdown(document), encoding="utf-8")
+    markdown_path.write_text(text, encoding="utf-8")
     return json_path, markdown_path
 
 

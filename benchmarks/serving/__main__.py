@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ SERVED = [name for name, spec in ENGINES.items() if "serving" in spec.measured]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever is told to stop keeps what was measured
     # A pipe has no width of its own, and a wrapped table cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 220)
     checkpoint = parsed.checkpoint or seeded_checkpoint()
@@ -81,7 +83,7 @@ def _write(document: dict[str, Any], folder: Path) -> list[Path]:
     written = list(report.write(document, folder, name))
     if document.get("engines") and environment.PYTHON.exists():
         plot = folder / f"{name}.svg"
-        script = ROOT / "benchmarks" / "serving" / "plot.py"
+        script = ROOT / "benchmarks" / "plot.py"
         subprocess.run([str(environment.PYTHON), str(script), str(written[0]), str(plot)], check=True)
         written.append(plot)
     return written

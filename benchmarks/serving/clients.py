@@ -39,10 +39,14 @@ def measure(run: Run) -> dict[str, Any]:
         for number in range(options.rounds)
         for name in rotated(options.engines, number)
     ]
-    for name in run.progress(order, len(order)):
-        if name not in run.absent:
-            with run.bench.leaving_out(name, run.absent):
-                turns[name].append(_turn(run, name))
+    try:
+        for name in run.progress(order, len(order)):
+            if name not in run.absent:
+                with run.bench.leaving_out(name, run.absent):
+                    turns[name].append(_turn(run, name))
+    except KeyboardInterrupt:
+        run.bench.say("stopped; the turns so far count")
+        run.absent |= {name: "the run was stopped before its turn" for name, found in turns.items() if not found}
     engines = _summarised(run, {name: found for name, found in turns.items() if name not in run.absent})
     figures.add_ratios(engines, OURS)
     return {

@@ -6,7 +6,6 @@ A document is {"format", "kind", "date", "machine", "model", "settings", "tables
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import save
 from benchmarks.serving.targets import reached
 
 FORMAT = 1
@@ -98,12 +98,7 @@ def markdown(document: Document) -> str:
 
 
 def write(document: Document, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write ``name``.json and ``name``.md; an earlier result of that name is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path, markdown_path = folder / f"{name}.json", folder / f"{name}.md"
-    json_path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    markdown_path.write_text(markdown(document), encoding="utf-8")
-    return json_path, markdown_path
+    return save(document, markdown(document), folder, name)
 
 
 def show(console: Console, document: Document) -> None:

@@ -146,6 +146,11 @@ def client(engine, checkpoint):
 
 
 @pytest.fixture(scope="session")
+def tokenizer(checkpoint):
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
 def original(checkpoint):
     """Hugging Face ``generate`` on the checkpoint: prompt ids, generation options → new ids."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()

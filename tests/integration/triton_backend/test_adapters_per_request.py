@@ -38,11 +38,6 @@ def write_adapter(folder, seed: int, base: str = "") -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return AutoTokenizer.from_pretrained(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer) -> TinyModel:
     return TinyModel(len(tokenizer))
 

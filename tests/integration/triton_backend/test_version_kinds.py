@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from transformers import AutoTokenizer
 
 from triton_backend.config import VersionConfig
 from triton_backend.errors import InvalidRequest, VersionFolderError
@@ -22,11 +21,6 @@ from .tiny_graphs import NUM_LAYERS, WIDTH, TinyModel, edited, lora_config, writ
 pytestmark = pytest.mark.integration
 
 NUM_SLOTS, RANK = 2, 4
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint):
-    return AutoTokenizer.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")
