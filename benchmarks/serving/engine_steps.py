@@ -88,6 +88,7 @@ class LastResponses:
 def main(task: dict[str, Any]) -> dict[str, float]:
     import torch
 
+    from triton_backend.adapter_store import AdapterStore
     from triton_backend.config import VersionConfig
     from triton_backend.engine import Engine
     from triton_backend.model_runner import ModelRunner
@@ -102,7 +103,7 @@ def main(task: dict[str, Any]) -> dict[str, float]:
         (ModelRunner, ("decode", "prefill")),
         (Scheduler, ("schedule",)),
         (Sampler, ("sample",)),
-        (Engine, ("_decode_text", "_update", "_receive")),
+        (Engine, ("_append", "_update", "_receive")),
     ):
         for method in methods:
             timers.wrap(owner, method)
@@ -112,7 +113,8 @@ def main(task: dict[str, Any]) -> dict[str, float]:
     config = VersionConfig.read(folder)
     settings = replace(config.engine, num_threads=task["num_threads"], max_num_seqs=task["num_rows"])
     config = replace(config, engine=settings)
-    engine = Engine(config, ModelRunner(folder, config), Tokenizer(folder))
+    adapters = AdapterStore(folder.parent / "adapters", "")
+    engine = Engine(config, ModelRunner(folder, config), Tokenizer(folder), adapters)
     engine.start()
     sink = LastResponses()
     prompts = random_prompts(config.model.vocab_size, task["num_rows"], PROMPT_TOKENS)

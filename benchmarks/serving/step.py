@@ -40,7 +40,7 @@ SAMPLING = {
     "top_p 0.9, flat": {"temperature": 1.0, "top_p": 0.9},
 }
 WANTED = 0.05
-PARTS = ("graph", "schedule", "sample", "decode_text", "update", "receive")
+PARTS = ("graph", "schedule", "sample", "append", "update", "receive")
 
 
 def measure(run: Run) -> dict[str, Any]:
