@@ -19,8 +19,9 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     """Build the web application; ``triton`` replaces the client of the configured server, for tests."""
     from apiflask import APIFlask
 
-    from control_plane import auth, gateway, web
+    from control_plane import auth, gateway, jobs, web
     from control_plane.extensions import init_extensions
+    from control_plane.job_kinds import KINDS
     from control_plane.responses import init_responses
     from control_plane.triton import connect
 
@@ -30,6 +31,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     init_extensions(app, settings)
     init_responses(app, settings)
     auth.init_app(app)
+    jobs.init_app(app, KINDS)
     gateway.init_app(app, settings)
     web.init_app(app)
     return app

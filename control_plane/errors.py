@@ -7,6 +7,8 @@ ControlPlaneError       500 internal_error
 ├── Unauthorized        401 invalid_api_key
 ├── Forbidden           403 forbidden             the key's role may not do this
 ├── NotFound            404 not_found             no such model, version, …
+├── Conflict            409 conflict              the object is not in a state that allows this
+├── PreconditionFailed  412 precondition_failed   somebody else changed it since it was read
 ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
 ├── RequestTimeout      504 timeout
 ├── Overloaded          503 overloaded            the engine's queue is full; try again
@@ -47,6 +49,16 @@ class Forbidden(ControlPlaneError):
 class NotFound(ControlPlaneError):
     status = 404
     code = "not_found"
+
+
+class Conflict(ControlPlaneError):
+    status = 409
+    code = "conflict"
+
+
+class PreconditionFailed(ControlPlaneError):
+    status = 412
+    code = "precondition_failed"
 
 
 class ClientGone(ControlPlaneError):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from control_plane.settings import Settings
 MIGRATIONS_DIR = Path(__file__).resolve().parent / "migrations"
 DEFAULT_QUEUE = "default"
 SQLITE_BUSY_TIMEOUT_MS = 5000
-# A task that is not finished after this long is given to another worker; all jobs must end or be idempotent before.
-VISIBILITY_TIMEOUT_S = 12 * 3600
 
 
 class Base(DeclarativeBase):
@@ -37,6 +36,11 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
+
+
+def now() -> datetime:
+    """The current time in UTC without a zone: SQLite keeps none, so every column of ours means UTC."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 db = SQLAlchemy(model_class=Base)
@@ -55,7 +59,7 @@ def init_extensions(app: Flask, settings: Settings) -> None:
 
 
 def create_celery(settings: Settings) -> Celery:
-    """The task queue, for those that send tasks and for the worker; settings for long jobs."""
+    """The task queue, for those that send tasks and for the workers."""
     celery = Celery("llmos")
     celery.conf.update(
         broker_url=settings.redis_url,
@@ -65,15 +69,13 @@ def create_celery(settings: Settings) -> Celery:
         task_default_queue=DEFAULT_QUEUE,
         accept_content=["json"],
         task_serializer="json",
-        # A killed worker's task runs again, so every task is safe to run twice.
-        task_acks_late=True,
-        task_reject_on_worker_lost=True,
+        # A message only wakes a worker; which job runs, and that it runs once, is decided in SQL (jobs/services.py).
+        # So messages are acknowledged at once, and a job goes on while Redis is away.
+        task_acks_late=False,
         worker_prefetch_multiplier=1,
-        worker_cancel_long_running_tasks_on_connection_loss=True,
-        worker_soft_shutdown_timeout=10.0,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
         # A Redis that is gone must show within seconds, not hang a web request.
         broker_transport_options={
-            "visibility_timeout": VISIBILITY_TIMEOUT_S,
             "socket_timeout": 10,
             "socket_connect_timeout": 2,
         },

@@ -1,7 +1,8 @@
 """What every HTTP response has in common: the shape of errors, the request id, security headers, the body limit.
 
-Errors look as OpenAI's: ``{"error": {"message", "type", "param", "code"}}``, so that its clients raise their own
-exceptions for ours.
+Errors under /v1 look as OpenAI's: ``{"error": {"message", "type", "param", "code"}}``, so that its clients raise their
+own exceptions for ours. Errors under /api are problem details (RFC 9457): ``{"type", "title", "status", "detail",
+"code", "request_id"}``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import structlog
 from flask import Flask, Response, g, jsonify, request
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.http import HTTP_STATUS_CODES
 
 from control_plane.errors import ControlPlaneError
 from control_plane.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+API_PREFIX = "/api/"
 RETRY_AFTER_S = "1"
 MAX_DISCARDED_BYTES = 16 << 20
 DISCARD_CHUNK_BYTES = 64 << 10
@@ -59,9 +62,17 @@ def error_body(message: str, status: int, code: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def internal_error_body() -> dict[str, Any]:
-    """For what is our own fault: details are in the log only, found by the request id."""
-    return error_body(f"internal error; the log has it under request id {g.get('request_id')}", 500, "internal_error")
+def problem_body(message: str, status: int, code: str) -> dict[str, Any]:
+    title = HTTP_STATUS_CODES.get(status, "Error")
+    request_id = g.get("request_id")
+    return {
+        "type": "about:blank",
+        "title": title,
+        "status": status,
+        "detail": message,
+        "code": code,
+        "request_id": request_id,
+    }
 
 
 def _start_request() -> None:
@@ -111,12 +122,15 @@ def _discard_rest() -> None:
 
 def _unexpected_error(error: Exception) -> Response:
     log.error("request_crashed", path=request.path, exc_info=error)
-    response = jsonify(internal_error_body())
-    response.status_code = 500
-    return response
+    # Details of what is our own fault are in the log only.
+    message = f"internal error; the log has it under request id {g.get('request_id')}"
+    return _error_response(message, 500, "internal_error")
 
 
 def _error_response(message: str, status: int, code: str) -> Response:
-    response = jsonify(error_body(message, status, code))
+    is_api = request.path.startswith(API_PREFIX)
+    response = jsonify((problem_body if is_api else error_body)(message, status, code))
+    if is_api:
+        response.mimetype = "application/problem+json"
     response.status_code = status
     return response

@@ -99,6 +99,9 @@ class Settings:
         "LLMOS_DATABASE_URL", _optional_text, "", "SQLAlchemy URL; a SQLite file in LLMOS_HOME if empty"
     )
     web_threads: int = _setting("LLMOS_WEB_THREADS", _count, "64", "requests that the web server handles at once")
+    api_key: str | None = _setting(
+        "LLMOS_API_KEY", _optional_text, "", "API key of the llmos command; the installation's own if empty"
+    )
     starter_model: str = _setting("LLMOS_STARTER_MODEL", _name, "starter", "model that the first start makes")
     probe_interval_s: float = _setting(
         "LLMOS_PROBE_INTERVAL_S", _seconds, "2", "pause between the reconciler's one-token probes"
@@ -149,6 +152,12 @@ class Settings:
         return f"127.0.0.1:{self.triton_grpc_port}"
 
     @property
+    def web_url(self) -> str:
+        """Where programs on this machine reach the web server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.web_port}"
+
+    @property
     def logs_dir(self) -> Path:
         return self.home / "logs"
 
@@ -156,6 +165,11 @@ class Settings:
     def run_dir(self) -> Path:
         """Sockets, pid files and generated configuration of the running processes."""
         return self.home / "run"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """One folder per job that has not succeeded yet."""
+        return self.home / "jobs"
 
     @property
     def checkpoints_dir(self) -> Path:

@@ -2,14 +2,16 @@
 
     {"event": "started" | "step" | "progress" | "metrics" | "finished" | "error", "step": …, "done": …, "total": …, …}
 
-The child leads a process group of its own, which is killed whole when the caller is interrupted or raises. Lines that
-are no such object (a library's prints, a torn last line) are kept beside stderr for the error message and otherwise
-ignored. It knows nothing of what the child does.
+The child leads a process group of its own, which is killed whole when the caller is interrupted or raises; the child
+itself is killed by the kernel when the caller dies, however that happens. Lines that are no such object (a library's
+prints, a torn last line) are kept beside stderr for the error message and otherwise ignored. It knows nothing of what
+the child does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -25,6 +27,9 @@ from control_plane.errors import ControlPlaneError
 
 KEPT_LINES = 40
 STOP_GRACE_S = 5.0
+PR_SET_PDEATHSIG = 1
+# Looked up before any fork: between fork and exec nothing may be imported.
+_prctl = ctypes.CDLL(None).prctl
 
 
 class ChildFailed(ControlPlaneError):
@@ -66,11 +71,12 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
     good_statuses: Sequence[int] = (0,),
+    on_start: Callable[[subprocess.Popen[str]], None] = lambda child: None,
 ) -> ChildEvent | None:
     """Run ``command`` to its end, handing every event to ``on_event``, and return its ``finished`` event, if any.
 
     Raises ChildFailed unless it ends with one of ``good_statuses``. Whatever ``on_event`` raises, KeyboardInterrupt
-    included, stops the child and is passed on.
+    included, stops the child and is passed on. ``on_start`` gets the process, for somebody who may stop it meanwhile.
     """
     child = subprocess.Popen(
         command,
@@ -83,6 +89,7 @@ def run_child(
         env=environment,
         cwd=folder,
         start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
     assert child.stdout is not None and child.stderr is not None
     last_lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -90,6 +97,7 @@ def run_child(
     reader.start()
     finished = failed = None
     try:
+        on_start(child)
         for line in child.stdout:
             event = ChildEvent.parse(line)
             if event is None:
@@ -118,6 +126,10 @@ def stop_group(child: subprocess.Popen[str]) -> None:
     # The group may outlive its leader.
     _signal_group(child, signal.SIGKILL)
     child.wait()
+
+
+def _die_with_parent() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:

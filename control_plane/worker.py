@@ -1,12 +1,24 @@
-"""Entry point of the worker: ``celery --app control_plane.worker worker --queues default``."""
+"""Entry point of the workers: ``celery --app control_plane.worker worker --pool threads --queues default``.
+
+Jobs run their heavy work in child processes, so a pool of threads is enough. Every worker also mends: it gives the
+jobs of dead workers to living ones.
+"""
 
 from __future__ import annotations
 
-from celery.signals import setup_logging
+import threading
 
-from control_plane.extensions import create_celery
+import structlog
+from celery.signals import setup_logging, worker_ready, worker_shutting_down
+from sqlalchemy.exc import SQLAlchemyError
+
+from control_plane import create_app
+from control_plane.jobs import runner, services
 from control_plane.logs import configure_logging
 from control_plane.settings import Settings
+
+MEND_S = 2.0
+log = structlog.get_logger()
 
 
 @setup_logging.connect
@@ -15,4 +27,25 @@ def _setup_logging(**_: object) -> None:
     configure_logging("worker")
 
 
-celery = create_celery(Settings.from_environment())
+@worker_ready.connect
+def _start_mending(**_: object) -> None:
+    threading.Thread(target=_mend, name="mend", daemon=True).start()
+
+
+@worker_shutting_down.connect
+def _give_jobs_back(**_: object) -> None:
+    runner.stopping(flask_app).set()
+
+
+def _mend() -> None:
+    while not runner.stopping(flask_app).wait(MEND_S):
+        try:
+            with flask_app.app_context():
+                services.mend(celery)
+        except SQLAlchemyError as error:
+            log.warning("mending_failed", reason=str(error))
+
+
+flask_app = create_app(Settings.from_environment())
+celery = flask_app.extensions["celery"]
+celery.flask_app = flask_app

@@ -23,15 +23,16 @@ MODEL_LIBRARIES = {"torch", "safetensors"}
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
     {"errors", "settings", "secrets", "extensions", "logs", "responses", "version_facts"},
-    {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses"},
+    {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses", "client"},
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},
     {"training"},
-    {"gateway", "web"},
+    {"gateway", "web", "job_kinds"},
     {"__init__"},
     {"wsgi", "worker"},
     {"launcher"},
+    {"job_commands"},
     {"cli"},
 )
 # Inside a domain folder: views → tasks, services; tasks → services; services → tables.

@@ -85,6 +85,12 @@ def test_every_route_is_shown(tmp_path):
     assert sorted(route for route in routes if f"`{route}`" not in README) == []
 
 
+def test_every_kind_of_job_is_shown_with_its_role():
+    from control_plane.job_kinds import KINDS
+
+    assert {row[0]: row[2] for row in table_after("## Jobs")} == {name: kind.role for name, kind in KINDS.items()}
+
+
 @pytest.mark.parametrize("specs", [INPUTS, OUTPUTS], ids=["inputs", "outputs"])
 def test_every_tensor_is_shown(specs):
     assert [spec.name for spec in specs if f"`{spec.name}`" not in README] == []

@@ -19,9 +19,10 @@ from flask import g, request
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from control_plane.auth.tables import ApiKey, now
+from control_plane.auth import audit
+from control_plane.auth.tables import ApiKey
 from control_plane.errors import BadRequest, Forbidden, NotFound, Unauthorized
-from control_plane.extensions import db
+from control_plane.extensions import db, now
 
 ROLES = ("viewer", "developer", "operator", "admin")
 SCHEME = "llmos"
@@ -41,6 +42,7 @@ def create_key(name: str, role: str, expires_at: datetime | None = None) -> str:
         raise BadRequest(f"name has {len(name)} characters; expected 1 to {MAX_NAME_LENGTH}")
     prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     db.session.add(ApiKey(prefix=prefix, secret_sha256=_sha256(secret), name=name, role=role, expires_at=expires_at))
+    audit.record("key.create", prefix, name=name, role=role)
     db.session.commit()
     log.info("api_key_created", prefix=prefix, role=role)
     return f"{SCHEME}_{prefix}_{secret}"
@@ -51,7 +53,9 @@ def revoke_key(prefix: str) -> None:
     key = _find(prefix)
     if key is None:
         raise NotFound(f"there is no API key with prefix {prefix!r}")
-    key.revoked_at = key.revoked_at or now()
+    if key.revoked_at is None:
+        key.revoked_at = now()
+        audit.record("key.revoke", prefix)
     db.session.commit()
     log.info("api_key_revoked", prefix=prefix)
 
@@ -82,7 +86,7 @@ def require_key(role: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             key = authenticate(_bearer())
             if ROLES.index(key.role) < needed:
                 raise Forbidden(f"this needs the role {role!r}; the API key {key.prefix!r} has {key.role!r}")
-            g.api_key_prefix = key.prefix
+            g.actor, g.role = f"key:{key.prefix}", key.role
             # Give the connection back: a view may take minutes, and the pool has 15 for all threads.
             db.session.rollback()
             return view(*args, **kwargs)
@@ -90,6 +94,11 @@ def require_key(role: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return wrapper
 
     return decorate
+
+
+def role_allows(role: str) -> bool:
+    """Whether whoever is behind the current request may do what ``role`` may."""
+    return ROLES.index(g.role) >= ROLES.index(role)
 
 
 def _bearer() -> str:

@@ -1,21 +1,17 @@
-"""Table of API keys.
+"""API keys, and the record of who changed what.
 
-The secret itself is never stored, only its sha256: it has 256 random bits, so no salt is needed.
+A key's secret is never stored, only its sha256: it has 256 random bits, so no salt is needed.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
+from typing import Any
 
-from sqlalchemy import DateTime, String
+from sqlalchemy import JSON, DateTime, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from control_plane.extensions import Base
-
-
-def now() -> datetime:
-    """The current time in UTC without a zone: SQLite keeps none, so every column of ours means UTC."""
-    return datetime.now(UTC).replace(tzinfo=None)
+from control_plane.extensions import Base, now
 
 
 class ApiKey(Base):
@@ -35,3 +31,20 @@ class ApiKey(Base):
 
     def is_valid(self, at: datetime) -> bool:
         return self.revoked_at is None and (self.expires_at is None or at < self.expires_at)
+
+
+class AuditEvent(Base):
+    """One change, written in the same transaction as the change itself. ``actor`` is a key's prefix or a user's name.
+
+    ``action`` is ``object.verb`` (``alias.set``, ``key.create``), ``object_id`` names what was changed.
+    """
+
+    __tablename__ = "audit_events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(DateTime, default=now, index=True)
+    actor: Mapped[str] = mapped_column(String(128))
+    action: Mapped[str] = mapped_column(String(64), index=True)
+    object_id: Mapped[str] = mapped_column(String(200), index=True)
+    details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
+    request_id: Mapped[str | None] = mapped_column(String(128))

@@ -1,19 +1,50 @@
-"""What the rest of the control plane asks of the workers."""
+"""Jobs from outside: submit, list, cancel, retry, read events; and what keeps them going, ``mend``.
+
+    submit ──► QUEUED ──claim──► RUNNING ──► SUCCEEDED │ FAILED │ CANCELLED
+                 ▲                  │ lease expired (worker died)        │
+                 └──────────────────┴────────────── retry ───────────────┘
+
+A message in Redis only wakes a worker, which then claims the most urgent job of its queue; a lost message delays a
+job until ``mend`` sends another.
+"""
 
 from __future__ import annotations
 
 import json
+import socket
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
+import psutil
 import redis
+import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
+from pydantic import ValidationError
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import IntegrityError
 
-from control_plane.errors import ControlPlaneError
+from control_plane.auth import audit
+from control_plane.errors import BadRequest, Conflict, ControlPlaneError, NotFound
+from control_plane.extensions import db, now
+from control_plane.jobs.kinds import JobKind
+from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, STATES, Job, JobEvent
 
 CANARY_TASK = "canary"
+RUN_TASK = "run_next"
+QUEUES = ("default", "cpu", "gpu")
+LEASE = timedelta(seconds=15)
+MAX_ATTEMPTS = 3
+"""A job that takes its worker down so many times is not started again."""
+MAX_KEY_LENGTH = 128
+PRIORITIES = (-100, 100)
+
+log = structlog.get_logger(__name__)
+Kinds = Mapping[str, JobKind]
 
 
 class WorkerUnavailable(ControlPlaneError):
@@ -30,8 +61,8 @@ class WorkerPing:
     pid: int
 
 
-def ping_worker(celery: Celery, timeout_s: float) -> WorkerPing:
-    """Send the canary through the queue and wait for its answer; raises WorkerUnavailable.
+def ping_worker(celery: Celery, timeout_s: float, queue: str = "default") -> WorkerPing:
+    """Send the canary through a queue and wait for its answer; raises WorkerUnavailable.
 
     A worker process can be alive and yet consume nothing, so only a task that ran counts. The answer comes through a
     Redis list of our own: Celery's result backend gives up for good once Redis was away for 20 s.
@@ -39,7 +70,7 @@ def ping_worker(celery: Celery, timeout_s: float) -> WorkerPing:
     reply_to = f"llmos:canary:{uuid.uuid4().hex}"
     sent_at = time.monotonic()
     try:
-        celery.send_task(CANARY_TASK, args=[reply_to], expires=timeout_s)
+        celery.send_task(CANARY_TASK, args=[reply_to], expires=timeout_s, queue=queue)
         url, limit_s = celery.conf.broker_url, timeout_s + 1
         with redis.Redis.from_url(url, socket_timeout=limit_s, socket_connect_timeout=limit_s) as client:
             reply = client.blpop([reply_to], timeout=timeout_s)
@@ -49,3 +80,197 @@ def ping_worker(celery: Celery, timeout_s: float) -> WorkerPing:
         raise WorkerUnavailable(f"no worker ran the canary task within {timeout_s:g} s")
     answer = json.loads(reply[1])
     return WorkerPing(latency_s=time.monotonic() - sent_at, clock_s=answer["clock_s"], pid=answer["pid"])
+
+
+def submit(
+    celery: Celery,
+    kinds: Kinds,
+    kind: str,
+    params: Mapping[str, Any],
+    *,
+    priority: int = 0,
+    idempotency_key: str | None = None,
+) -> Job:
+    """Store a job and wake a worker. The same ``idempotency_key`` again returns the job that it made before.
+
+    Raises BadRequest for an unknown kind or bad parameters, Conflict for a key that was used for something else.
+    """
+    if kind not in kinds:
+        raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(kinds)}")
+    checked = check_params(kinds[kind], params)
+    if not PRIORITIES[0] <= priority <= PRIORITIES[1]:
+        raise BadRequest(f"priority has value {priority}; expected {PRIORITIES[0]} to {PRIORITIES[1]}")
+    if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_KEY_LENGTH:
+        raise BadRequest(f"Idempotency-Key has {len(idempotency_key)} characters; expected 1 to {MAX_KEY_LENGTH}")
+    earlier = _by_key(idempotency_key)
+    if earlier is None:
+        job = Job(
+            kind=kind,
+            params=checked,
+            queue=kinds[kind].queue,
+            priority=priority,
+            idempotency_key=idempotency_key,
+            created_by=audit.current_actor(),
+        )
+        db.session.add(job)
+        try:
+            db.session.flush()
+            audit.record("job.submit", job.id, kind=kind)
+            db.session.commit()
+        except IntegrityError:
+            db.session.rollback()  # Another request with this key came between.
+            earlier = _by_key(idempotency_key)
+            if earlier is None:
+                raise
+        else:
+            wake(celery, job.queue)
+            return job
+    if (earlier.kind, earlier.params) != (kind, checked):
+        raise Conflict(
+            f"Idempotency-Key {idempotency_key!r} belongs to job {earlier.id}, which is another one; use a new key"
+        )
+    return earlier
+
+
+def check_params(kind: JobKind, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with defaults filled in, as JSON; raises BadRequest for the first bad one."""
+    try:
+        return kind.params.model_validate(params).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(["params", *map(str, first["loc"])])
+        raise BadRequest(f"{name} has value {first.get('input')!r:.100}; {first['msg']}") from None
+
+
+def get(job_id: str) -> Job:
+    """Raises NotFound."""
+    job = db.session.get(Job, job_id)
+    if job is None:
+        raise NotFound(f"job {job_id!r:.100} does not exist; GET /api/v1/jobs lists those that do")
+    return job
+
+
+def find(kind: str | None, state: str | None, before: str | None, limit: int) -> list[Job]:
+    """Newest first; ``before`` is the id of the last job of the page before."""
+    query = select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    if kind is not None:
+        query = query.where(Job.kind == kind)
+    if state is not None:
+        if state not in STATES:
+            raise BadRequest(f"state has value {state!r:.100}; expected one of {', '.join(STATES)}")
+        query = query.where(Job.state == state)
+    if before is not None:
+        last = get(before)
+        query = query.where(
+            (Job.created_at < last.created_at) | ((Job.created_at == last.created_at) & (Job.id < last.id))
+        )
+    return list(db.session.scalars(query))
+
+
+def events(job_id: str, after: int, limit: int) -> list[JobEvent]:
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after).order_by(JobEvent.id).limit(limit)
+    return list(db.session.scalars(query))
+
+
+def cancel(job_id: str) -> Job:
+    """A queued job ends at once, a running one as soon as its worker hears of it; an ended one is a Conflict."""
+    job = get(job_id)
+    ended = _change(
+        Job.id == job_id, Job.state == QUEUED, state=CANCELLED, finished_at=now(), error="cancelled before it started"
+    )
+    asked = ended or _change(
+        Job.id == job_id, Job.state == RUNNING, cancel_requested_at=func.coalesce(Job.cancel_requested_at, now())
+    )
+    if not asked:
+        db.session.rollback()
+        raise Conflict(f"job {job_id} has ended already ({job.state})")
+    audit.record("job.cancel", job_id)
+    db.session.commit()
+    db.session.refresh(job)
+    return job
+
+
+def retry(celery: Celery, job_id: str) -> Job:
+    """Queue a failed or cancelled job again; it goes on after its last finished step."""
+    job = get(job_id)
+    fresh: dict[str, Any] = {
+        "error": None,
+        "finished_at": None,
+        "cancel_requested_at": None,
+        "lease_owner": None,
+        "progress": {},
+    }
+    if not _change(Job.id == job_id, Job.state.in_((FAILED, CANCELLED)), state=QUEUED, attempt=0, **fresh):
+        db.session.rollback()
+        raise Conflict(f"job {job_id} is {job.state}; only a FAILED or CANCELLED job can be run again")
+    audit.record("job.retry", job_id)
+    db.session.commit()
+    wake(celery, job.queue)
+    db.session.refresh(job)
+    return job
+
+
+def wake(celery: Celery, queue: str, times: int = 1) -> None:
+    """Tell the workers of a queue that there is work. Without Redis nothing happens now; ``mend`` does it later."""
+    try:
+        for _ in range(times):
+            celery.send_task(RUN_TASK, args=[queue], queue=queue)
+    except (OperationalError, redis.RedisError, OSError) as error:
+        log.warning("wake_failed", queue=queue, reason=str(error))
+
+
+def mend(celery: Celery) -> None:
+    """Give jobs of dead workers to others, and wake workers for jobs whose message was lost; called again and again."""
+    for job in db.session.scalars(select(Job).where(Job.state == RUNNING)).all():
+        if not _is_lost(job):
+            continue
+        if job.cancel_requested_at is not None:
+            values: dict[str, Any] = {"state": CANCELLED, "finished_at": now(), "error": "cancelled; its worker died"}
+        elif job.attempt >= MAX_ATTEMPTS:
+            why = f"its worker died {job.attempt} times while it ran; see the worker's log and the memory limits"
+            values = {"state": FAILED, "finished_at": now(), "error": why}
+        else:
+            values = {"state": QUEUED, "lease_owner": None, "lease_expires_at": None}
+        if _change(Job.id == job.id, Job.state == RUNNING, Job.fencing_token == job.fencing_token, **values):
+            log.warning("job_lost_its_worker", job=job.id, attempt=job.attempt, state=values["state"])
+        db.session.commit()
+    waiting = db.session.execute(select(Job.queue, func.count()).where(Job.state == QUEUED).group_by(Job.queue)).all()
+    db.session.rollback()
+    for queue, num_jobs in waiting:
+        if _num_messages(celery, queue) == 0:
+            wake(celery, queue, num_jobs)
+
+
+def owner_of_this_process() -> str:
+    return f"{socket.gethostname()}:{psutil.Process().pid}"
+
+
+def _is_lost(job: Job) -> bool:
+    if job.lease_expires_at is None or job.lease_expires_at < now():
+        return True
+    host, _, pid = (job.lease_owner or "").rpartition(":")
+    return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))
+
+
+def _num_messages(celery: Celery, queue: str) -> int | None:
+    try:
+        with redis.Redis.from_url(celery.conf.broker_url, socket_timeout=2, socket_connect_timeout=2) as client:
+            return int(client.llen(queue))
+    except redis.RedisError:
+        return None
+
+
+def _by_key(idempotency_key: str | None) -> Job | None:
+    if idempotency_key is None:
+        return None
+    return db.session.scalar(select(Job).where(Job.idempotency_key == idempotency_key))
+
+
+def _change(*conditions: ColumnElement[bool], **values: Any) -> bool:
+    """Compare and set, in the current transaction: whether a row met the conditions."""
+    result = db.session.execute(update(Job).where(*conditions).values(**values))
+    return bool(result.rowcount)  # type: ignore[attr-defined]
+
+
+def has_ended(job: Job) -> bool:
+    return job.state in ENDED

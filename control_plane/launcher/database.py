@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from control_plane import secrets
 from control_plane.settings import Settings
 
 if TYPE_CHECKING:
     from flask.ctx import AppContext
 
 FIRST_KEY_NAME = "first admin"
+LOCAL_KEY_NAME = "llmos command"
 
 
 def upgrade(settings: Settings) -> None:
@@ -30,6 +32,22 @@ def create_first_key(settings: Settings) -> str | None:
     with _application(settings):
         has_a_key = db.session.scalar(select(ApiKey.id).limit(1)) is not None
     return None if has_a_key else create_key(settings, FIRST_KEY_NAME, "admin")
+
+
+def ensure_local_key(settings: Settings) -> None:
+    """See that the ``llmos`` command has a valid administrator's key, in a file that only its owner may read."""
+    from control_plane.auth import services
+    from control_plane.errors import Unauthorized
+
+    key = secrets.local_api_key(settings)
+    with _application(settings):
+        try:
+            if key is not None:
+                services.authenticate(key)
+                return
+        except Unauthorized:
+            pass  # Revoked, expired, or of another database.
+    secrets.store_local_api_key(settings, create_key(settings, LOCAL_KEY_NAME, "admin"))
 
 
 def create_key(settings: Settings, name: str, role: str) -> str:

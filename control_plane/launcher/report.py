@@ -16,16 +16,10 @@ PROMPT = "The import statement"
 _COLOURS = {"RUNNING": "green", "Loaded": "green", "STARTING": "yellow", "Loading": "yellow", "Pending": "yellow"}
 
 
-def web_url(settings: Settings) -> str:
-    """Where a browser on this machine finds the web server."""
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.web_port}"
-
-
 def urls(settings: Settings) -> dict[str, str]:
     return {
-        "web": f"{web_url(settings)}/",
-        "OpenAI API": f"{web_url(settings)}/v1",
+        "web": f"{settings.web_url}/",
+        "OpenAI API": f"{settings.web_url}/v1",
         "Triton HTTP": f"http://{settings.triton_http_url}",
         "Triton gRPC": settings.triton_grpc_url,
         "Triton metrics": f"http://127.0.0.1:{settings.triton_metrics_port}/metrics",
@@ -45,7 +39,7 @@ def example_lines(settings: Settings, model: str, key: str | None) -> list[str]:
         f"  -H 'Content-Type: application/json' -d '{json.dumps(body, separators=(',', ':'))}'",
         "",
         "from openai import OpenAI",
-        f'client = OpenAI(base_url="{web_url(settings)}/v1", api_key="{shown_key}")',
+        f'client = OpenAI(base_url="{settings.web_url}/v1", api_key="{shown_key}")',
         f'print(client.completions.create(model="{model}", prompt="{PROMPT}", max_tokens=32).choices[0].text)',
     ]
 

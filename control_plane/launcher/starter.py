@@ -16,10 +16,9 @@ from pathlib import Path
 from control_plane.launcher.console import Screen
 from control_plane.launcher.processes import child_environment
 from control_plane.registry.model_directory import InstalledModel, install, installed_models, refresh_configs
+from control_plane.registry.steps import is_sealed
 from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.subprocesses import run_child
-from triton_backend.errors import VersionFolderError
-from triton_backend.version_folder import verify
 
 FIRST_VERSION = 1
 
@@ -40,7 +39,7 @@ def _make(settings: Settings, screen: Screen) -> InstalledModel:
         train = (sys.executable, "-m", "control_plane.training.recipes.pretrain")
         _run(settings, screen, f"train {name}, a small English model", train, checkpoint)
     version_folder = settings.versions_dir / name / str(FIRST_VERSION)
-    if not _is_sealed(version_folder):
+    if not is_sealed(version_folder):
         export = (sys.executable, "-m", "exporters", str(checkpoint))
         _run(settings, screen, f"export {name} to ONNX and prove it equal", export, version_folder)
     with screen.step(f"install {name} version {FIRST_VERSION}"):
@@ -53,11 +52,3 @@ def _run(settings: Settings, screen: Screen, title: str, command: Sequence[str],
     out.parent.mkdir(parents=True, exist_ok=True)
     with screen.child(title) as on_event:
         run_child([*command, str(out)], on_event, child_environment(settings), PROJECT_ROOT)
-
-
-def _is_sealed(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except VersionFolderError:
-        return False
-    return True

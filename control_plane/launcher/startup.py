@@ -128,6 +128,7 @@ def _welcome(settings: Settings, screen: Screen, model: str) -> None:
         triton.close()
     # Made last: it is shown once, and should not scroll away with an error.
     key = database.create_first_key(settings)
+    database.ensure_local_key(settings)
     screen.line()
     screen.line(f"{report.PROMPT}{answer.outputs[0].text}")
     screen.line()

@@ -67,12 +67,14 @@ def programs(settings: Settings) -> list[Program]:
     python = sys.executable
     gunicorn = ("gunicorn", "control_plane.wsgi:app", f"--bind={settings.host}:{settings.web_port}")
     threads = ("--worker-class=gthread", "--workers=1", f"--threads={settings.web_threads}", "--graceful-timeout=10")
-    celery = ("celery", "--app=control_plane.worker", "worker", "--concurrency=1", "--queues=default")
+    celery = (python, "-m", "celery", "--app=control_plane.worker", "worker", "--pool=threads")
     listed = [
         # A model process that gets a SIGTERM of its own sometimes no longer hears Triton, which then waits for nothing.
         Program("triton", (python, "-m", "control_plane.launcher.run_triton"), 20, stop_wait_s=20, stop_group=False),
         Program("reconciler", (python, "-m", "control_plane.registry.reconciler"), 30),
-        Program("worker", (python, "-m", *celery), 40, stop_wait_s=15),
+        # One for what is light, so that it never waits for what is heavy.
+        Program("worker", (*celery, "--concurrency=4", "--queues=default", "--hostname=light@%h"), 40, stop_wait_s=15),
+        Program("worker-heavy", (*celery, "--concurrency=1", "--queues=cpu,gpu", "--hostname=heavy@%h"), 40, 15),
         Program("web", (python, "-m", *gunicorn, *threads), 50, stop_wait_s=15),
     ]
     if settings.starts_redis:

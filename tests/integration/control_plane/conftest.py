@@ -40,6 +40,9 @@ class Process:
                 command, env=environment, stdout=stream, stderr=stream, cwd=PROJECT_ROOT, start_new_session=True
             )
 
+    def signal(self, number: int) -> None:
+        self._child.send_signal(number)
+
     def stop(self) -> None:
         self._child.terminate()
         try:
@@ -101,7 +104,7 @@ def redis_process(settings: Settings, environment: dict[str, str], tmp_path: Pat
 def worker(redis_process: Redis, environment: dict[str, str], tmp_path: Path) -> Iterator[Process]:
     command = [sys.executable, "-m", "celery", "--app=control_plane.worker", "worker"]
     process = Process(
-        [*command, "--concurrency=1", "--queues=default", "--loglevel=info"], environment, tmp_path / "worker.log"
+        [*command, "--pool=threads", "--queues=default", "--loglevel=info"], environment, tmp_path / "worker.log"
     )
     yield process
     process.stop()

@@ -35,7 +35,7 @@ def parsed(settings: Settings) -> configparser.RawConfigParser:
 def test_every_process_is_restarted_for_long_and_stopped_with_its_group(tmp_path: Path) -> None:
     config = parsed(settings_in(tmp_path))
     names = [section.partition(":")[2] for section in config.sections() if section.startswith("program:")]
-    assert names == ["redis", "triton", "reconciler", "worker", "web"]
+    assert names == ["redis", "triton", "reconciler", "worker", "worker-heavy", "web"]
     for name in names:
         program = config[f"program:{name}"]
         assert program["autorestart"] == program["killasgroup"] == "true"
@@ -47,7 +47,14 @@ def test_every_process_is_restarted_for_long_and_stopped_with_its_group(tmp_path
 
 def test_what_others_need_starts_first_and_stops_last(tmp_path: Path) -> None:
     priorities = {program.name: program.priority for program in programs(settings_in(tmp_path))}
-    assert sorted(priorities, key=lambda name: priorities[name]) == ["redis", "triton", "reconciler", "worker", "web"]
+    assert sorted(priorities, key=lambda name: priorities[name]) == [
+        "redis",
+        "triton",
+        "reconciler",
+        "worker",
+        "worker-heavy",
+        "web",
+    ]
 
 
 def test_redis_elsewhere_is_not_started(tmp_path: Path) -> None:

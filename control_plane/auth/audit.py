@@ -1,0 +1,25 @@
+"""Writing the audit log: every change of what is served, of a role or a key is one row, in the change's transaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import g, has_request_context
+
+from control_plane.auth.tables import AuditEvent
+from control_plane.extensions import db
+
+SYSTEM = "system"
+"""Who acts where no request does: the launcher, a worker, the reconciler."""
+
+
+def current_actor() -> str:
+    """Who is behind the current request: ``key:<prefix>`` or ``user:<name>``; ``system`` outside of requests."""
+    return str(g.get("actor", SYSTEM)) if has_request_context() else SYSTEM
+
+
+def record(action: str, object_id: str, actor: str | None = None, **details: Any) -> None:
+    """Add the row to the current transaction; the caller commits."""
+    request_id = g.get("request_id") if has_request_context() else None
+    actor = actor or current_actor()
+    db.session.add(AuditEvent(actor=actor, action=action, object_id=object_id, details=details, request_id=request_id))

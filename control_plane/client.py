@@ -1,0 +1,146 @@
+"""A typed client of the control plane's REST API, for programs and for the ``llmos`` command.
+
+    with ControlPlane("http://127.0.0.1:8080", "llmos_…") as llmos:
+        job = llmos.submit_job("export", {"checkpoint": "/models/tiny", "name": "chat"})
+        for event in llmos.follow_job(job["id"]):
+            print(event)
+
+What the server refuses is raised as an ``ApiError`` that carries the server's own sentence, status and code.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from control_plane.errors import ControlPlaneError
+
+TIMEOUT_S = 30.0
+STREAM_TIMEOUT_S = 60.0
+RECONNECT_S = 1.0
+MAX_RECONNECTS = 30
+ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+Document = dict[str, Any]
+
+
+class ApiError(ControlPlaneError):
+    """The server said no; ``status`` and ``code`` are its own."""
+
+    def __init__(self, message: str, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class ControlPlane:
+    """One connection pool to one server; use it as a context manager, or ``close`` it. Safe to share among threads."""
+
+    def __init__(self, url: str, api_key: str, transport: httpx.BaseTransport | None = None) -> None:
+        self._url = url
+        headers = {"Authorization": f"Bearer {api_key}"}
+        # A proxy of the environment must never see a loopback address.
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=TIMEOUT_S, transport=transport, trust_env=False
+        )
+
+    def __enter__(self) -> ControlPlane:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def job_kinds(self) -> list[Document]:
+        """Name, purpose, role, steps and JSON schema of the parameters of every kind."""
+        found: list[Document] = self._ask("GET", "/api/v1/job-kinds")["data"]
+        return found
+
+    def submit_job(
+        self, kind: str, params: Mapping[str, Any], *, priority: int = 0, idempotency_key: str | None = None
+    ) -> Document:
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        body = {"kind": kind, "params": dict(params), "priority": priority}
+        return self._ask("POST", "/api/v1/jobs", json=body, headers=headers)
+
+    def job(self, job_id: str) -> Document:
+        return self._ask("GET", f"/api/v1/jobs/{job_id}")
+
+    def jobs(self, kind: str | None = None, state: str | None = None, limit: int = 50) -> list[Document]:
+        """The newest ``limit`` jobs."""
+        given = {"kind": kind, "state": state, "limit": limit}
+        params = {name: value for name, value in given.items() if value is not None}
+        found: list[Document] = self._ask("GET", "/api/v1/jobs", params=params)["data"]
+        return found
+
+    def cancel_job(self, job_id: str) -> Document:
+        return self._ask("POST", f"/api/v1/jobs/{job_id}/cancel")
+
+    def retry_job(self, job_id: str) -> Document:
+        return self._ask("POST", f"/api/v1/jobs/{job_id}/retry")
+
+    def job_events(self, job_id: str, after: int = 0) -> list[Document]:
+        """All events so far with an id above ``after``."""
+        events: list[Document] = []
+        while True:
+            params = {"after": events[-1]["id"] if events else after, "limit": 1000}
+            page = self._ask("GET", f"/api/v1/jobs/{job_id}/events", params=params)
+            events += page["data"]
+            if not page["has_more"]:
+                return events
+
+    def follow_job(self, job_id: str, after: int = 0) -> Iterator[Document]:
+        """Events of a job as they come, until it has ended; a connection that breaks is taken up where it was."""
+        reconnects = 0
+        while True:
+            try:
+                for event in self._events(job_id, after):
+                    after, reconnects = event["id"], 0
+                    yield event
+                # A stream also ends when it has lasted long enough for the server.
+                if self.job(job_id)["state"] in ENDED:
+                    return
+            except httpx.TransportError as error:
+                reconnects += 1
+                if reconnects > MAX_RECONNECTS:
+                    raise self._unreachable(error) from None
+                time.sleep(RECONNECT_S)
+
+    def _events(self, job_id: str, after: int) -> Iterator[Document]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        path = f"/api/v1/jobs/{job_id}/events"
+        with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT_S) as response:
+            if response.is_error:
+                response.read()
+                raise _error(response)
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    yield json.loads(line.removeprefix("data: "))
+
+    def _ask(self, method: str, path: str, **options: Any) -> Document:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+        if response.is_error:
+            raise _error(response)
+        document: Document = response.json()
+        return document
+
+    def _unreachable(self, error: httpx.TransportError) -> ApiError:
+        message = f"no llmos answers at {self._url} ({error}); start it with llmos up"
+        return ApiError(message, 503, "unreachable")
+
+
+def _error(response: httpx.Response) -> ApiError:
+    try:
+        problem = response.json()
+        return ApiError(problem["detail"], response.status_code, problem["code"])
+    except (ValueError, KeyError, TypeError):
+        return ApiError(f"{response.request.url} answered {response.status_code}", response.status_code, "http_error")

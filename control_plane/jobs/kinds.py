@@ -1,0 +1,70 @@
+"""What kinds of jobs there are: a kind is a schema of parameters and named steps. The table itself is
+``control_plane.job_kinds``; here is only its shape, because the domains that define kinds stand above this one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from control_plane.settings import Settings
+from control_plane.subprocesses import ChildEvent
+from control_plane.triton import TritonClient
+
+
+class JobParams(BaseModel):
+    """Base of every kind's parameters; a name that a kind does not have is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JobRun(Protocol):
+    """What a step is given. ``results`` holds what the finished steps returned; ``folder`` is the job's own."""
+
+    job_id: str
+    params: Any
+    results: Mapping[str, Mapping[str, Any]]
+    folder: Path
+    settings: Settings
+    triton: TritonClient
+    actor: str
+
+    def child(self, module: str, *arguments: str, good_statuses: Sequence[int] = (0,)) -> ChildEvent | None:
+        """Run ``python -m module arguments`` and record its events; returns its ``finished`` event."""
+
+    def say(self, event: str, **fields: Any) -> None:
+        """Record one event of the step itself."""
+
+    def check(self) -> None:
+        """Raises if the job was cancelled or given to another worker; long waits call it."""
+
+
+Step = Callable[[JobRun], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """``role`` may submit it; ``queue`` says who runs it: default (light), cpu or gpu.
+
+    Steps run in order. A step returns a small JSON object that later steps find in ``results``, and is not run again
+    once it has; killed in the middle, it runs again, so it first asks how much of its work is already there.
+    """
+
+    purpose: str
+    params: type[JobParams]
+    steps: Mapping[str, Step]
+    queue: str = "default"
+    role: str = "operator"
+
+
+def python_command(module: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+Child = subprocess.Popen[str]

@@ -1,0 +1,167 @@
+"""Routes of jobs under /api/v1: parse, one service call, render."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from apiflask import APIBlueprint
+from flask import Flask, Response, current_app, jsonify, request
+from pydantic import ValidationError
+
+from control_plane.auth.services import require_key, role_allows
+from control_plane.errors import BadRequest, Forbidden, Overloaded
+from control_plane.extensions import db
+from control_plane.jobs import services
+from control_plane.jobs.kinds import JobKind
+from control_plane.jobs.schemas import JobIn, event_out, job_out
+from control_plane.responses import read_body
+
+jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
+
+MAX_PAGE = 200
+MAX_EVENTS = 1000
+POLL_S = 0.3
+KEEP_ALIVE_S = 15.0
+STREAM_LIMIT_S = 3600.0
+
+
+@jobs.get("/job-kinds")
+@require_key("viewer")
+def list_kinds() -> dict[str, Any]:
+    return {"data": [_kind_out(name, kind) for name, kind in _kinds().items()]}
+
+
+@jobs.get("/jobs")
+@require_key("viewer")
+def list_jobs() -> dict[str, Any]:
+    limit = _number("limit", 50, MAX_PAGE)
+    arguments = request.args
+    found = services.find(arguments.get("kind"), arguments.get("state"), arguments.get("before"), limit + 1)
+    page, has_more = found[:limit], len(found) > limit
+    return {"data": [job_out(job) for job in page], "has_more": has_more}
+
+
+@jobs.post("/jobs")
+@require_key("developer")
+def submit_job() -> Response:
+    body = _parse_job()
+    kind = _kinds().get(body.kind)
+    if kind is not None and not role_allows(kind.role):
+        raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
+    job = services.submit(
+        current_app.extensions["celery"],
+        _kinds(),
+        body.kind,
+        body.params,
+        priority=body.priority,
+        idempotency_key=request.headers.get("Idempotency-Key"),
+    )
+    response = jsonify(job_out(job))
+    response.status_code = 202
+    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
+    return response
+
+
+@jobs.get("/jobs/<job_id>")
+@require_key("viewer")
+def show_job(job_id: str) -> dict[str, Any]:
+    return job_out(services.get(job_id))
+
+
+@jobs.get("/jobs/<job_id>/events")
+@require_key("viewer")
+def list_events(job_id: str) -> dict[str, Any] | Response:
+    """A page of events, or, for ``Accept: text/event-stream``, all of them and those to come until the job ends."""
+    services.get(job_id)
+    if request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream":
+        after = _number("after", _last_event_id(), None, least=0)
+        # The session belongs to this request; the stream outlives it and opens its own.
+        db.session.rollback()
+        app = current_app._get_current_object()  # type: ignore[attr-defined]
+        slots = app.extensions["event_stream_slots"]
+        if not slots.acquire(blocking=False):
+            raise Overloaded("too many event streams are open; close some, or set LLMOS_WEB_THREADS higher")
+        response = Response(_event_stream(app, job_id, after), content_type="text/event-stream; charset=utf-8")
+        response.call_on_close(slots.release)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Accel-Buffering"] = "no"
+        return response
+    limit = _number("limit", 200, MAX_EVENTS)
+    found = services.events(job_id, _number("after", 0, None, least=0), limit + 1)
+    return {"data": [event_out(event) for event in found[:limit]], "has_more": len(found) > limit}
+
+
+@jobs.post("/jobs/<job_id>/cancel")
+@require_key("operator")
+def cancel_job(job_id: str) -> dict[str, Any]:
+    return job_out(services.cancel(job_id))
+
+
+@jobs.post("/jobs/<job_id>/retry")
+@require_key("operator")
+def retry_job(job_id: str) -> dict[str, Any]:
+    return job_out(services.retry(current_app.extensions["celery"], job_id))
+
+
+def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
+    """Read from SQL, not from Redis: what was missed is there, and losing Redis loses nothing."""
+    sent_at = started_at = time.monotonic()
+    while time.monotonic() - started_at < STREAM_LIMIT_S:
+        with app.app_context():
+            # Asked first: what it said before it ended is then surely read below.
+            has_ended = services.has_ended(services.get(job_id))
+            found = [(event.id, event_out(event)) for event in services.events(job_id, after, MAX_EVENTS)]
+        for after, document in found:
+            yield f"id: {after}\ndata: {json.dumps(document, ensure_ascii=False)}\n\n"
+        if has_ended and not found:
+            return
+        now = time.monotonic()
+        if found:
+            sent_at = now
+        elif now - sent_at > KEEP_ALIVE_S:
+            sent_at = now
+            yield ": still there\n\n"
+        if not has_ended:
+            time.sleep(POLL_S)
+
+
+def _kind_out(name: str, kind: JobKind) -> dict[str, Any]:
+    return {
+        "name": name,
+        "purpose": kind.purpose,
+        "queue": kind.queue,
+        "role": kind.role,
+        "steps": list(kind.steps),
+        "params": kind.params.model_json_schema(),
+    }
+
+
+def _kinds() -> dict[str, JobKind]:
+    return current_app.extensions["job_kinds"]
+
+
+def _last_event_id() -> int:
+    text = request.headers.get("Last-Event-ID", "0")
+    return int(text) if text.isdecimal() and len(text) < 19 else 0
+
+
+def _number(name: str, default: int, most: int | None, least: int = 1) -> int:
+    text = request.args.get(name)
+    if text is None:
+        return default
+    most = most or 2**63 - 1
+    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise BadRequest(f"{name} has value {text!r:.100}; expected a whole number from {least} to {most}")
+    return int(text)
+
+
+def _parse_job() -> JobIn:
+    try:
+        return JobIn.model_validate_json(read_body())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"])) or "the body"
+        raise BadRequest(f"{name} is not as expected: {first['msg']}") from None

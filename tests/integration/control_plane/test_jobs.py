@@ -1,0 +1,309 @@
+"""Jobs on a real Redis, a real database and real workers: killed, cut off, cancelled, given back."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+import redis
+import sqlalchemy
+
+from control_plane import create_app, upgrade_database
+from control_plane.auth.services import create_key
+from control_plane.errors import BadRequest, Conflict
+from control_plane.extensions import db
+from control_plane.jobs import runner, services
+from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
+from control_plane.triton_fake import FakeTriton
+
+from .conftest import Process, wait_for
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def app(settings, redis_process, monkeypatch):
+    from control_plane import job_kinds
+
+    monkeypatch.setattr(job_kinds, "KINDS", dict(job_kinds.KINDS))
+    from .job_worker import TEST_KINDS
+
+    upgrade_database(settings)
+    app = create_app(settings, FakeTriton({}))
+    app.extensions["job_kinds"] = {**app.extensions["job_kinds"], **TEST_KINDS}
+    return app
+
+
+@pytest.fixture
+def start_worker(environment, tmp_path) -> Iterator[Callable[[], Process]]:
+    started: list[Process] = []
+
+    def start() -> Process:
+        command = [sys.executable, "-m", "celery", "--app=tests.integration.control_plane.job_worker", "worker"]
+        options = ["--pool=threads", "--concurrency=1", "--queues=default", f"--hostname=w{len(started)}@%h"]
+        started.append(Process([*command, *options], environment, tmp_path / f"worker-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def jobs(app):
+    return Jobs(app)
+
+
+class Jobs:
+    """What a test asks of the services, each in a context of its own."""
+
+    def __init__(self, app) -> None:
+        self.app = app
+
+    def submit(self, kind: str, params=None, **options) -> str:
+        with self.app.app_context():
+            extensions = self.app.extensions
+            return services.submit(extensions["celery"], extensions["job_kinds"], kind, params or {}, **options).id
+
+    def get(self, job_id: str) -> Job:
+        with self.app.app_context():
+            job = services.get(job_id)
+            db.session.expunge(job)
+            return job
+
+    def wait(self, job_id: str, state: str, timeout_s: float = 40) -> Job:
+        wait_for(lambda: self.get(job_id).state == state, timeout_s, f"job in state {state}")
+        return self.get(job_id)
+
+    def events(self, job_id: str) -> list[dict]:
+        with self.app.app_context():
+            return [event.event for event in services.events(job_id, 0, 1000)]
+
+    def call(self, function, *arguments):
+        with self.app.app_context():
+            return function(*arguments)
+
+
+def lines(path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def child_pid(settings) -> int:
+    wait_for(lambda: lines(settings.home / "children"), 40, "start of the child")
+    return int(lines(settings.home / "children")[-1])
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_job_runs_its_steps_and_its_events_tell_the_story(jobs, start_worker, settings):
+    start_worker()
+    job_id = jobs.submit("chain")
+    job = jobs.wait(job_id, SUCCEEDED)
+    assert job.result == {"noted": job_id, "after": job_id}
+    assert (job.attempt, list(job.steps), job.error) == (1, ["first", "second"], None)
+    assert job.started_at <= job.finished_at
+    told = [(event["event"], event.get("step")) for event in jobs.events(job_id) if event["event"] != "progress"]
+    assert told == [("step", "first"), ("step", "second"), ("finished", None), ("ended", None)]
+    assert {"event": "progress", "done": 0} in jobs.events(job_id)
+    assert not (settings.jobs_dir / job_id).exists()
+
+
+def test_a_worker_killed_in_the_second_step_is_replaced_and_the_first_step_is_not_repeated(
+    jobs, start_worker, settings
+):
+    worker = start_worker()
+    job_id = jobs.submit("chain", {"seconds": 4})
+    pid = child_pid(settings)
+    worker.signal(signal.SIGKILL)
+    wait_for(lambda: is_gone(pid), 5, "end of the child with its worker")
+    start_worker()
+    job = jobs.wait(job_id, SUCCEEDED, 60)
+    assert job.attempt == 2
+    assert lines(settings.home / "notes") == [job_id]
+    assert len(lines(settings.home / "children")) == 2
+
+
+def test_a_worker_that_is_told_to_stop_gives_its_job_back(jobs, start_worker, settings):
+    worker = start_worker()
+    job_id = jobs.submit("chain", {"seconds": 4})
+    pid = child_pid(settings)
+    worker.signal(signal.SIGTERM)
+    job = jobs.wait(job_id, QUEUED, 10)
+    assert (job.attempt, job.lease_owner) == (0, None)
+    wait_for(lambda: is_gone(pid), 10, "end of the child")
+    start_worker()
+    assert jobs.wait(job_id, SUCCEEDED, 60).attempt == 1
+
+
+def test_cancel_ends_a_running_job_and_its_child_within_seconds(jobs, start_worker, settings):
+    start_worker()
+    job_id = jobs.submit("chain", {"seconds": 60})
+    pid = child_pid(settings)
+    jobs.call(services.cancel, job_id)
+    assert jobs.wait(job_id, CANCELLED, 10).error == "cancelled on request"
+    assert is_gone(pid)
+    with pytest.raises(Conflict, match="has ended already"):
+        jobs.call(services.cancel, job_id)
+
+
+def test_cancel_of_a_queued_job_means_it_never_runs(jobs, start_worker, settings):
+    first = jobs.submit("note")
+    jobs.call(services.cancel, first)
+    start_worker()
+    jobs.wait(jobs.submit("note"), SUCCEEDED)
+    assert jobs.get(first).state == CANCELLED
+    assert first not in lines(settings.home / "notes")
+
+
+def test_a_failed_job_says_why_and_a_retry_goes_on_after_its_last_finished_step(jobs, start_worker, settings, tmp_path):
+    start_worker()
+    needed = tmp_path / "needed"
+    job_id = jobs.submit("chain", {"needed": str(needed)})
+    assert jobs.wait(job_id, FAILED).error == f"{needed} is missing"
+    needed.touch()
+    jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+    jobs.wait(job_id, SUCCEEDED)
+    assert lines(settings.home / "notes") == [job_id]
+    with pytest.raises(Conflict, match="only a FAILED or CANCELLED job"):
+        jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+
+
+def test_200_jobs_drain_through_two_workers_while_redis_is_restarted_twice(jobs, start_worker, settings, redis_process):
+    ids = [jobs.submit("note") for _ in range(200)]
+    start_worker()
+    start_worker()
+    for share in (40, 110):
+        wait_for(lambda share=share: len(lines(settings.home / "notes")) >= share, 60, f"{share} jobs")
+        redis_process.stop()
+        redis_process.start()
+    with jobs.app.app_context():
+        left = sqlalchemy.select(sqlalchemy.func.count()).where(Job.state != SUCCEEDED)
+        wait_for(lambda: db.session.scalar(left) == 0 or db.session.rollback(), 90, "end of all jobs")
+    assert Counter(lines(settings.home / "notes")) == Counter(ids)
+
+
+def test_a_flushed_redis_loses_no_job(jobs, start_worker, settings):
+    job_id = jobs.submit("note")
+    with redis.Redis.from_url(settings.redis_url) as client:
+        client.flushall()
+    start_worker()
+    jobs.wait(job_id, SUCCEEDED)
+
+
+def test_more_urgent_jobs_come_first(jobs, start_worker, settings):
+    ids = [jobs.submit("note", priority=priority) for priority in (0, 5, -5, 5)]
+    start_worker()
+    for job_id in ids:
+        jobs.wait(job_id, SUCCEEDED)
+    assert lines(settings.home / "notes") == [ids[1], ids[3], ids[0], ids[2]]
+
+
+def test_a_job_goes_on_while_redis_is_away_and_the_database_is_locked(jobs, start_worker, settings, redis_process):
+    start_worker()
+    job_id = jobs.submit("chain", {"seconds": 4})
+    child_pid(settings)
+    redis_process.stop()
+    writer = sqlalchemy.create_engine(settings.database_url)
+    with writer.connect() as connection:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        time.sleep(6)  # longer than SQLite itself waits
+        connection.rollback()
+    redis_process.start()
+    assert jobs.wait(job_id, SUCCEEDED).attempt == 1
+
+
+def test_a_job_is_claimed_once_and_a_runner_without_its_lease_writes_nothing(jobs):
+    job_id = jobs.submit("note")
+    first = jobs.call(runner.claim, "default", "elsewhere:1")
+    assert first.id == job_id
+    assert jobs.call(runner.claim, "default", "elsewhere:2") is None
+    lost = runner.Runner(jobs.app, first)
+    with jobs.app.app_context():
+        db.session.execute(sqlalchemy.update(Job).values(lease_expires_at=Job.created_at))
+        db.session.commit()
+        services.mend(jobs.app.extensions["celery"])
+    second = jobs.call(runner.claim, "default", "elsewhere:2")
+    assert (second.id, second.attempt) == (job_id, 2)
+    lost.run()
+    assert jobs.get(job_id).state == RUNNING
+    assert jobs.events(job_id) == []
+
+
+def test_many_claimers_never_get_the_same_job(jobs):
+    ids = {jobs.submit("note") for _ in range(20)}
+    taken: list[str] = []
+
+    def take() -> None:
+        while (job := jobs.call(lambda: getattr(runner.claim("default", "here:0"), "id", None))) is not None:
+            taken.append(job)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(ids)
+
+
+def test_a_job_whose_worker_dies_again_and_again_fails(jobs):
+    job_id = jobs.submit("note")
+    for _ in range(services.MAX_ATTEMPTS):
+        assert jobs.call(runner.claim, "default", "elsewhere:1").id == job_id
+        with jobs.app.app_context():
+            db.session.execute(sqlalchemy.update(Job).values(lease_expires_at=Job.created_at))
+            db.session.commit()
+            services.mend(jobs.app.extensions["celery"])
+    assert "its worker died 3 times" in jobs.get(job_id).error
+
+
+def test_an_idempotency_key_gives_the_same_job_again_and_refuses_another(jobs):
+    first = jobs.submit("chain", {"seconds": 1}, idempotency_key="k")
+    assert jobs.submit("chain", {"seconds": 1}, idempotency_key="k") == first
+    with pytest.raises(Conflict, match="belongs to job"):
+        jobs.submit("chain", {"seconds": 2}, idempotency_key="k")
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(jobs.submit("note", idempotency_key="same"))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+
+
+def test_bad_parameters_are_refused_before_anything_is_stored(jobs):
+    for params, words in (({"seconds": "soon"}, "params.seconds"), ({"minutes": 1}, "params.minutes")):
+        with pytest.raises(BadRequest, match=words):
+            jobs.submit("chain", params)
+    with pytest.raises(BadRequest, match="expected one of export, verify, pretrain"):
+        jobs.submit("nothing")
+
+
+def test_events_are_followed_live_and_resumed_by_their_id(jobs, start_worker):
+    with jobs.app.app_context():
+        key = create_key("test", "viewer")
+    client = jobs.app.test_client()
+    headers = {"Authorization": f"Bearer {key}", "Accept": "text/event-stream"}
+    start_worker()
+    job_id = jobs.submit("chain", {"seconds": 1})
+    whole = parse_events(client.get(f"/api/v1/jobs/{job_id}/events", headers=headers).text)
+    assert whole[-1][1]["event"] == "ended"
+    assert [number for number, _ in whole] == sorted({number for number, _ in whole})
+    headers["Last-Event-ID"] = str(whole[2][0])
+    assert parse_events(client.get(f"/api/v1/jobs/{job_id}/events", headers=headers).text) == whole[3:]
+
+
+def parse_events(text: str) -> list[tuple[int, dict]]:
+    blocks = [block.split("\n") for block in text.strip().split("\n\n") if block.startswith("id:")]
+    return [(int(block[0].removeprefix("id: ")), json.loads(block[1].removeprefix("data: "))) for block in blocks]
