@@ -19,7 +19,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     """Build the web application; ``triton`` replaces the client of the configured server, for tests."""
     from apiflask import APIFlask
 
-    from control_plane import auth, gateway, jobs, web
+    from control_plane import auth, gateway, jobs, registry, web
     from control_plane.extensions import init_extensions
     from control_plane.job_kinds import KINDS
     from control_plane.responses import init_responses
@@ -32,6 +32,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     init_responses(app, settings)
     auth.init_app(app)
     jobs.init_app(app, KINDS)
+    registry.init_app(app)
     gateway.init_app(app, settings)
     web.init_app(app)
     return app

@@ -14,14 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
+from control_plane.commands.jobs import jobs
+from control_plane.commands.models import models, publish
 from control_plane.errors import BadRequest, ControlPlaneError, NotFound
-from control_plane.job_commands import jobs
 from control_plane.settings import Settings
 
 app = typer.Typer(help="An LLM operating system for one machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(jobs, name="jobs")
+app.add_typer(models, name="models")
+app.command()(publish)
 
 
 @app.command()

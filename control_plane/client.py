@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -57,6 +58,27 @@ class ControlPlane:
     def close(self) -> None:
         self._http.close()
 
+    def models(self, prefix: str | None = None) -> list[Document]:
+        """Every model by name, with ``num_versions`` and its ``newest`` version."""
+        params = {} if prefix is None else {"prefix": prefix}
+        return self._pages("/api/v1/models", "after", "name", params)
+
+    def model(self, name: str) -> Document:
+        return self._ask("GET", f"/api/v1/models/{quote(name, safe='')}")
+
+    def describe_model(self, name: str, description: str, revision: int | None = None) -> Document:
+        """With the ``revision`` that was read, an edit that would undo somebody else's is refused (412)."""
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        path = f"/api/v1/models/{quote(name, safe='')}"
+        return self._ask("PATCH", path, json={"description": description}, headers=headers)
+
+    def versions(self, name: str) -> list[Document]:
+        """Every version of a model, newest first."""
+        return self._pages(f"/api/v1/models/{quote(name, safe='')}/versions", "before", "version", {})
+
+    def version(self, name: str, number: int) -> Document:
+        return self._ask("GET", f"/api/v1/models/{quote(name, safe='')}/versions/{number}")
+
     def job_kinds(self) -> list[Document]:
         """Name, purpose, role, steps and JSON schema of the parameters of every kind."""
         found: list[Document] = self._ask("GET", "/api/v1/job-kinds")["data"]
@@ -87,13 +109,7 @@ class ControlPlane:
 
     def job_events(self, job_id: str, after: int = 0) -> list[Document]:
         """All events so far with an id above ``after``."""
-        events: list[Document] = []
-        while True:
-            params = {"after": events[-1]["id"] if events else after, "limit": 1000}
-            page = self._ask("GET", f"/api/v1/jobs/{job_id}/events", params=params)
-            events += page["data"]
-            if not page["has_more"]:
-                return events
+        return self._pages(f"/api/v1/jobs/{job_id}/events", "after", "id", {"after": after})
 
     def follow_job(self, job_id: str, after: int = 0) -> Iterator[Document]:
         """Events of a job as they come, until it has ended; a connection that breaks is taken up where it was."""
@@ -111,6 +127,16 @@ class ControlPlane:
                 if reconnects > MAX_RECONNECTS:
                     raise self._unreachable(error) from None
                 time.sleep(RECONNECT_S)
+
+    def _pages(self, path: str, cursor: str, key: str, params: Mapping[str, Any]) -> list[Document]:
+        """All pages of a list whose next page begins behind ``key`` of the last row."""
+        rows: list[Document] = []
+        while True:
+            place = {cursor: rows[-1][key]} if rows else {}
+            page = self._ask("GET", path, params={**params, **place, "limit": 200})
+            rows += page["data"]
+            if not page["has_more"]:
+                return rows
 
     def _events(self, job_id: str, after: int) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}

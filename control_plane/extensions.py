@@ -43,6 +43,11 @@ def now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+def iso(at: datetime | None) -> str | None:
+    """ISO 8601 in UTC, to the millisecond."""
+    return None if at is None else f"{at.isoformat(timespec='milliseconds')}Z"
+
+
 db = SQLAlchemy(model_class=Base)
 migrate = Migrate()
 

@@ -10,6 +10,12 @@ KINDS: dict[str, JobKind] = {
     "export": JobKind(
         "export a checkpoint to ONNX and prove it equal", registry.ExportParams, {"export": registry.export}, "cpu"
     ),
+    "publish": JobKind(
+        "export a checkpoint, prove it, store it and register it as the next version of its model",
+        registry.ExportParams,
+        {"export": registry.build, "store": registry.store, "register": registry.register},
+        "cpu",
+    ),
     "verify": JobKind(
         "run a version's proof again", registry.VerifyParams, {"verify": registry.verify_version}, "cpu", "developer"
     ),

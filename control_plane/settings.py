@@ -98,6 +98,9 @@ class Settings:
     database_url_override: str | None = _setting(
         "LLMOS_DATABASE_URL", _optional_text, "", "SQLAlchemy URL; a SQLite file in LLMOS_HOME if empty"
     )
+    artifacts_url_override: str | None = _setting(
+        "LLMOS_ARTIFACTS_URL", _optional_text, "", "fsspec URL of the artifact store; a folder in LLMOS_HOME if empty"
+    )
     web_threads: int = _setting("LLMOS_WEB_THREADS", _count, "64", "requests that the web server handles at once")
     api_key: str | None = _setting(
         "LLMOS_API_KEY", _optional_text, "", "API key of the llmos command; the installation's own if empty"
@@ -165,6 +168,10 @@ class Settings:
     def run_dir(self) -> Path:
         """Sockets, pid files and generated configuration of the running processes."""
         return self.home / "run"
+
+    @property
+    def artifacts_url(self) -> str:
+        return self.artifacts_url_override or str(self.home / "artifacts")
 
     @property
     def jobs_dir(self) -> Path:

@@ -15,7 +15,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class VersionFacts:
-    """``size_bytes`` is the sum over all files; ``passed`` and what follows come from the certificate."""
+    """``size_bytes`` is the sum over all files; ``passed`` and what follows come from the certificate's summary, which
+    ``certificate`` is.
+    """
 
     architecture: str | None
     precision: str | None
@@ -26,6 +28,7 @@ class VersionFacts:
     num_tokens_compared: int | None
     max_logit_difference: float | None
     decode_tokens_per_s: float | None
+    certificate: Mapping[str, Any]
 
 
 def read_version_facts(folder: Path) -> VersionFacts:
@@ -44,6 +47,7 @@ def read_version_facts(folder: Path) -> VersionFacts:
         num_tokens_compared=summary.get("num_tokens_compared"),
         max_logit_difference=summary.get("max_logit_difference"),
         decode_tokens_per_s=summary.get("decode_tokens_per_s"),
+        certificate=summary,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from control_plane.extensions import iso
 from control_plane.jobs.tables import Job, JobEvent
 
 
@@ -34,16 +34,12 @@ def job_out(job: Job) -> dict[str, Any]:
         "error": job.error,
         "is_cancelling": job.cancel_requested_at is not None,
         "created_by": job.created_by,
-        "created_at": _iso(job.created_at),
-        "started_at": _iso(job.started_at),
-        "heartbeat_at": _iso(job.heartbeat_at),
-        "finished_at": _iso(job.finished_at),
+        "created_at": iso(job.created_at),
+        "started_at": iso(job.started_at),
+        "heartbeat_at": iso(job.heartbeat_at),
+        "finished_at": iso(job.finished_at),
     }
 
 
 def event_out(event: JobEvent) -> dict[str, Any]:
-    return {"id": event.id, "at": _iso(event.at), "attempt": event.attempt, **event.event}
-
-
-def _iso(at: datetime | None) -> str | None:
-    return None if at is None else f"{at.isoformat(timespec='milliseconds')}Z"
+    return {"id": event.id, "at": iso(event.at), "attempt": event.attempt, **event.event}

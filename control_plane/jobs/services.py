@@ -11,6 +11,7 @@ job until ``mend`` sends another.
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 import uuid
@@ -41,6 +42,7 @@ LEASE = timedelta(seconds=15)
 MAX_ATTEMPTS = 3
 """A job that takes its worker down so many times is not started again."""
 MAX_KEY_LENGTH = 128
+JOB_ID = re.compile(r"[0-9a-f]{32}")
 PRIORITIES = (-100, 100)
 
 log = structlog.get_logger(__name__)
@@ -144,7 +146,7 @@ def check_params(kind: JobKind, params: Mapping[str, Any]) -> dict[str, Any]:
 
 def get(job_id: str) -> Job:
     """Raises NotFound."""
-    job = db.session.get(Job, job_id)
+    job = db.session.get(Job, job_id) if JOB_ID.fullmatch(job_id) else None
     if job is None:
         raise NotFound(f"job {job_id!r:.100} does not exist; GET /api/v1/jobs lists those that do")
     return job

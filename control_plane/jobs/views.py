@@ -9,15 +9,14 @@ from typing import Any
 
 from apiflask import APIBlueprint
 from flask import Flask, Response, current_app, jsonify, request
-from pydantic import ValidationError
 
 from control_plane.auth.services import require_key, role_allows
-from control_plane.errors import BadRequest, Forbidden, Overloaded
+from control_plane.errors import Forbidden, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.schemas import JobIn, event_out, job_out
-from control_plane.responses import read_body
+from control_plane.requests import parse_body, text, whole_number
 
 jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
 
@@ -37,9 +36,8 @@ def list_kinds() -> dict[str, Any]:
 @jobs.get("/jobs")
 @require_key("viewer")
 def list_jobs() -> dict[str, Any]:
-    limit = _number("limit", 50, MAX_PAGE)
-    arguments = request.args
-    found = services.find(arguments.get("kind"), arguments.get("state"), arguments.get("before"), limit + 1)
+    limit = whole_number("limit", 50, most=MAX_PAGE)
+    found = services.find(text("kind"), text("state"), text("before"), limit + 1)
     page, has_more = found[:limit], len(found) > limit
     return {"data": [job_out(job) for job in page], "has_more": has_more}
 
@@ -47,7 +45,7 @@ def list_jobs() -> dict[str, Any]:
 @jobs.post("/jobs")
 @require_key("developer")
 def submit_job() -> Response:
-    body = _parse_job()
+    body = parse_body(JobIn)
     kind = _kinds().get(body.kind)
     if kind is not None and not role_allows(kind.role):
         raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
@@ -77,7 +75,7 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
     """A page of events, or, for ``Accept: text/event-stream``, all of them and those to come until the job ends."""
     services.get(job_id)
     if request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream":
-        after = _number("after", _last_event_id(), None, least=0)
+        after = whole_number("after", _last_event_id(), least=0)
         # The session belongs to this request; the stream outlives it and opens its own.
         db.session.rollback()
         app = current_app._get_current_object()  # type: ignore[attr-defined]
@@ -89,8 +87,8 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         return response
-    limit = _number("limit", 200, MAX_EVENTS)
-    found = services.events(job_id, _number("after", 0, None, least=0), limit + 1)
+    limit = whole_number("limit", 200, most=MAX_EVENTS)
+    found = services.events(job_id, whole_number("after", 0, least=0), limit + 1)
     return {"data": [event_out(event) for event in found[:limit]], "has_more": len(found) > limit}
 
 
@@ -144,24 +142,5 @@ def _kinds() -> dict[str, JobKind]:
 
 
 def _last_event_id() -> int:
-    text = request.headers.get("Last-Event-ID", "0")
-    return int(text) if text.isdecimal() and len(text) < 19 else 0
-
-
-def _number(name: str, default: int, most: int | None, least: int = 1) -> int:
-    text = request.args.get(name)
-    if text is None:
-        return default
-    most = most or 2**63 - 1
-    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
-        raise BadRequest(f"{name} has value {text!r:.100}; expected a whole number from {least} to {most}")
-    return int(text)
-
-
-def _parse_job() -> JobIn:
-    try:
-        return JobIn.model_validate_json(read_body())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"])) or "the body"
-        raise BadRequest(f"{name} is not as expected: {first['msg']}") from None
+    given = request.headers.get("Last-Event-ID", "0")
+    return int(given) if given.isascii() and given.isdecimal() and len(given) < 19 else 0

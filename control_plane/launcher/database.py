@@ -22,6 +22,15 @@ def upgrade(settings: Settings) -> None:
     upgrade_database(settings)
 
 
+def register_installed(settings: Settings) -> int:
+    """Take the installed versions into the registry that it does not know; returns how many there were."""
+    from control_plane.artifacts import artifact_store
+    from control_plane.registry.services import adopt_installed
+
+    with _application(settings):
+        return len(adopt_installed(settings, artifact_store(settings)))
+
+
 def create_first_key(settings: Settings) -> str | None:
     """The plain text of an administrator's key, if there is no key at all yet."""
     from sqlalchemy import select

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from control_plane.artifacts import artifact_store
 from control_plane.errors import ControlPlaneError
 from control_plane.jobs.kinds import JobParams, JobRun
+from control_plane.registry import services
 from control_plane.registry.model_directory import NAME
 from control_plane.version_facts import read_version_facts
 from triton_backend.errors import VersionFolderError
@@ -52,18 +54,24 @@ class VerifyParams(JobParams):
 
 
 def export(run: JobRun) -> Mapping[str, Any]:
-    """Write a version folder below LLMOS_HOME/versions; a complete one of this job is kept."""
-    params: ExportParams = run.params
-    out = run.settings.versions_dir / params.name / run.job_id
-    if not is_sealed(out):
-        # What a killed attempt left is either sealed or rubbish.
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        given = params.model_dump(exclude={"checkpoint", "certify"}, exclude_none=True)
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        options += [] if params.certify else ["--no-certify"]
-        run.child("exporters", *options, "--", params.checkpoint, str(out), good_statuses=(0, 3))
-    return {"folder": str(out), "digest": digest(out), "passed": _verdict(out)}
+    """Write a version folder below LLMOS_HOME/versions."""
+    return _export(run, run.settings.versions_dir / run.params.name / run.job_id)
+
+
+def build(run: JobRun) -> Mapping[str, Any]:
+    """Publish: export into the job's own folder."""
+    return _export(run, _built(run))
+
+
+def store(run: JobRun) -> Mapping[str, Any]:
+    """Publish: put what was built into the artifact store."""
+    return {"digest": artifact_store(run.settings).put(_built(run))}
+
+
+def register(run: JobRun) -> Mapping[str, Any]:
+    """Publish: make it the next version of its model."""
+    version = services.register(run.params.name, _built(run), job_id=run.job_id, actor=run.actor)
+    return {"model": run.params.name, "version": version.number, "passed": version.passed}
 
 
 def verify_version(run: JobRun) -> Mapping[str, Any]:
@@ -75,6 +83,24 @@ def verify_version(run: JobRun) -> Mapping[str, Any]:
     return {"passed": finished.fields["passed"]}
 
 
+def _export(run: JobRun, out: Path) -> Mapping[str, Any]:
+    """A complete folder of this job is kept."""
+    params: ExportParams = run.params
+    if not is_sealed(out):
+        # What a killed attempt left is either sealed or rubbish.
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        given = params.model_dump(exclude={"checkpoint", "certify"}, exclude_none=True)
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        options += [] if params.certify else ["--no-certify"]
+        run.child("exporters", *options, "--", params.checkpoint, str(out), good_statuses=(0, 3))
+    return {"folder": str(out), "digest": digest(out), "passed": read_version_facts(out).passed}
+
+
+def _built(run: JobRun) -> Path:
+    return run.folder / "version"
+
+
 def is_sealed(folder: Path) -> bool:
     """Whether a version folder is complete and unchanged."""
     try:
@@ -82,8 +108,3 @@ def is_sealed(folder: Path) -> bool:
     except VersionFolderError:
         return False
     return True
-
-
-def _verdict(folder: Path) -> bool | None:
-    """Of the certificate; None if the version has none."""
-    return read_version_facts(folder).passed

@@ -23,7 +23,19 @@ def llmos(home: Path, *arguments: str, **variables: str) -> subprocess.Completed
 
 def test_help_names_every_command(tmp_path: Path) -> None:
     shown = llmos(tmp_path, "--help").stdout
-    for command in ("up", "down", "status", "logs", "export", "verify", "generate", "keys", "jobs"):
+    for command in (
+        "up",
+        "down",
+        "status",
+        "logs",
+        "export",
+        "verify",
+        "generate",
+        "keys",
+        "jobs",
+        "models",
+        "publish",
+    ):
         assert command in shown
 
 

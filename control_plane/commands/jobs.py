@@ -6,35 +6,28 @@ Exit codes: 0 done · 1 refused, unreachable, or the job that was waited for did
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from control_plane.errors import BadRequest, Unauthorized
-from control_plane.secrets import local_api_key
-from control_plane.settings import Settings
-
-if TYPE_CHECKING:
-    from control_plane.client import ControlPlane
+from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+from control_plane.errors import BadRequest
 
 jobs = typer.Typer(help="Exports, training, proofs: long work in the background.", no_args_is_help=True)
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 JobId = Annotated[str, typer.Argument(help="As llmos jobs list shows it.")]
 
 
 @jobs.command()
 def kinds(as_json: AsJson = False) -> None:
     """What kinds of jobs there are, and their parameters."""
-    with _connected() as llmos:
+    with connected() as llmos:
         found = llmos.job_kinds()
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     rows = [
         [kind["name"], kind["purpose"], kind["role"], ", ".join(map(_parameter, _parameters(kind)))] for kind in found
     ]
-    _print_table(["kind", "what it does", "role", "parameters (* required)"], rows)
+    print_table(["kind", "what it does", "role", "parameters (* required)"], rows)
 
 
 @jobs.command("list")
@@ -45,23 +38,23 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """The newest jobs."""
-    with _connected() as llmos:
+    with connected() as llmos:
         found = llmos.jobs(kind, state, limit)
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     rows = [[job["id"], job["kind"], job["state"], _progress(job), job["created_at"]] for job in found]
-    _print_table(["job", "kind", "state", "step", "created"], rows)
+    print_table(["job", "kind", "state", "step", "created"], rows)
 
 
 @jobs.command()
 def show(job_id: JobId, as_json: AsJson = False) -> None:
     """Everything about one job."""
-    with _connected() as llmos:
+    with connected() as llmos:
         job = llmos.job(job_id)
     if as_json:
-        return _print_json(job)
+        return print_json(job)
     rows = [[name, json.dumps(value) if isinstance(value, (dict, list)) else value] for name, value in job.items()]
-    _print_table(["job", job_id], [[name, "" if value is None else str(value)] for name, value in rows])
+    print_table(["job", job_id], [[name, "" if value is None else str(value)] for name, value in rows])
 
 
 @jobs.command()
@@ -73,69 +66,37 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
 ) -> None:
     """Start a job and follow it; Ctrl-C leaves it running."""
-    with _connected() as llmos:
+    with connected() as llmos:
         job = llmos.submit_job(kind, _values(parameters or []), priority=priority, idempotency_key=key)
         if not wait:
             typer.echo(job["id"])
             return
-        _follow(llmos, job["id"])
+        follow(llmos, job["id"])
 
 
 @jobs.command()
 def watch(job_id: JobId) -> None:
     """Show a job's events until it has ended; Ctrl-C leaves it running."""
-    with _connected() as llmos:
+    with connected() as llmos:
         llmos.job(job_id)
-        _follow(llmos, job_id)
+        follow(llmos, job_id)
 
 
 @jobs.command()
 def cancel(job_id: JobId) -> None:
     """End a job, whether it has begun or not."""
-    with _connected() as llmos:
+    with connected() as llmos:
         typer.echo(llmos.cancel_job(job_id)["state"])
 
 
 @jobs.command()
 def retry(job_id: JobId) -> None:
     """Run a failed or cancelled job again, from its last finished step on, and follow it."""
-    with _connected() as llmos:
+    with connected() as llmos:
         # Only what is said from now on.
         after = max((event["id"] for event in llmos.job_events(job_id)), default=0)
         llmos.retry_job(job_id)
-        _follow(llmos, job_id, after)
-
-
-def _follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
-    from control_plane.launcher.console import Screen
-    from control_plane.subprocesses import ChildEvent
-
-    screen = Screen()
-    screen.line(f"job {job_id}")
-    try:
-        with screen.child("job") as on_event:
-            for event in llmos.follow_job(job_id, after):
-                on_event(ChildEvent(event["event"], event))
-    except KeyboardInterrupt:
-        screen.line(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}")
-        raise typer.Exit(1) from None
-    job = llmos.job(job_id)
-    _print_table(["result", job["state"]], [[name, str(value)] for name, value in (job["result"] or {}).items()])
-    if job["state"] != "SUCCEEDED":
-        typer.echo(f"llmos: {job['error']}", err=True)
-        raise typer.Exit(1)
-
-
-@contextmanager
-def _connected() -> Iterator[ControlPlane]:
-    from control_plane.client import ControlPlane
-
-    settings = Settings.from_environment()
-    key = settings.api_key or local_api_key(settings)
-    if key is None:
-        raise Unauthorized("there is no API key here; set LLMOS_API_KEY, or run llmos up once in this LLMOS_HOME")
-    with ControlPlane(settings.web_url, key) as llmos:
-        yield llmos
+        follow(llmos, job_id, after)
 
 
 def _values(parameters: list[str]) -> dict[str, Any]:
@@ -165,18 +126,3 @@ def _parameter(named: tuple[str, bool]) -> str:
 def _progress(job: dict[str, Any]) -> str:
     progress = job["progress"]
     return f"{progress['step']} ({progress['done']}/{progress['total']})" if progress.get("step") else ""
-
-
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
-
-
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False).print(table)

@@ -1,0 +1,68 @@
+"""What the commands share: the connection, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from control_plane.errors import Unauthorized
+from control_plane.secrets import local_api_key
+from control_plane.settings import Settings
+
+if TYPE_CHECKING:
+    from control_plane.client import ControlPlane
+
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+@contextmanager
+def connected() -> Iterator[ControlPlane]:
+    """A client of this installation, with LLMOS_API_KEY or else the key that ``llmos up`` left for it."""
+    from control_plane.client import ControlPlane
+
+    settings = Settings.from_environment()
+    key = settings.api_key or local_api_key(settings)
+    if key is None:
+        raise Unauthorized("there is no API key here; set LLMOS_API_KEY, or run llmos up once in this LLMOS_HOME")
+    with ControlPlane(settings.web_url, key) as llmos:
+        yield llmos
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
+    """Show a job's events until it has ended; exit code 1 unless it succeeded, or when Ctrl-C leaves it running."""
+    from control_plane.launcher.console import Screen
+    from control_plane.subprocesses import ChildEvent
+
+    screen = Screen()
+    screen.line(f"job {job_id}")
+    try:
+        with screen.child("job") as on_event:
+            for event in llmos.follow_job(job_id, after):
+                on_event(ChildEvent(event["event"], event))
+    except KeyboardInterrupt:
+        screen.line(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}")
+        raise typer.Exit(1) from None
+    job = llmos.job(job_id)
+    print_table(["result", job["state"]], [[name, str(value)] for name, value in (job["result"] or {}).items()])
+    if job["state"] != "SUCCEEDED":
+        typer.echo(f"llmos: {job['error']}", err=True)
+        raise typer.Exit(1)

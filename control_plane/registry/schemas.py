@@ -1,0 +1,56 @@
+"""Models and versions as the API shows and takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from control_plane.extensions import iso
+from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
+from control_plane.registry.serving_state import ServingState
+from control_plane.registry.tables import Model, Version
+
+
+class ModelEdit(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    description: str = Field(max_length=MAX_DESCRIPTION)
+
+
+def model_out(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "description": model.description,
+        "revision": model.revision,
+        "created_by": model.created_by,
+        "created_at": iso(model.created_at),
+    }
+
+
+def summary_out(summary: ModelSummary, serving: ServingState) -> dict[str, Any]:
+    newest = None if summary.newest is None else version_out(summary.newest, summary.model.name, serving)
+    return {**model_out(summary.model), "num_versions": summary.num_versions, "newest": newest}
+
+
+def version_out(version: Version, name: str, serving: ServingState) -> dict[str, Any]:
+    """``serving`` is the state of the version in Triton, None if it is not meant to be served."""
+    state = serving.models.get(name)
+    is_served = state is not None and state.version == version.number
+    return {
+        "model": name,
+        "version": version.number,
+        "digest": version.digest,
+        "architecture": version.architecture,
+        "precision": version.precision,
+        "size_bytes": version.size_bytes,
+        "passed": version.passed,
+        "certificate": version.certificate,
+        "source": version.source,
+        "job_id": version.job_id,
+        "serving": {"state": state.state, "reason": state.reason, "message": state.message}
+        if state is not None and is_served
+        else None,
+        "created_by": version.created_by,
+        "created_at": iso(version.created_at),
+    }

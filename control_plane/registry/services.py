@@ -1,0 +1,176 @@
+"""The registry: which models there are, their versions, and where these came from.
+
+A version is registered once its folder lies in the artifact store. What is registered is never changed; a model's
+description is, and every edit counts its ``revision`` up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy import func, select, update
+from sqlalchemy.exc import IntegrityError
+
+from control_plane.artifacts import ArtifactStore
+from control_plane.auth import audit
+from control_plane.errors import BadRequest, NotFound, PreconditionFailed
+from control_plane.extensions import db
+from control_plane.registry.model_directory import NAME, check_name, installed_models
+from control_plane.registry.tables import Model, Version
+from control_plane.settings import Settings
+from control_plane.version_facts import read_version_facts
+from triton_backend.version_folder import digest, read_manifest
+
+MAX_DESCRIPTION = 10_000
+MAX_RACES = 20
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model with how many versions it has, and the newest of them."""
+
+    model: Model
+    num_versions: int
+    newest: Version | None
+
+
+def register(
+    name: str, folder: Path, *, job_id: str | None = None, actor: str | None = None, number: int | None = None
+) -> Version:
+    """Record the sealed ``folder`` as the next version of a model, which is made if need be.
+
+    The same folder again gives the version that it was registered as. ``number`` is for folders that have one already.
+    """
+    found = digest(folder)
+    actor = actor or audit.current_actor()
+    for _ in range(MAX_RACES):
+        model = _ensure_model(name, actor)
+        earlier = db.session.scalar(select(Version).where(Version.model_id == model.id, Version.digest == found))
+        if earlier is not None:
+            return earlier
+        newest = db.session.scalar(select(func.max(Version.number)).where(Version.model_id == model.id)) or 0
+        version = Version(model_id=model.id, number=number or newest + 1, digest=found, job_id=job_id, created_by=actor)
+        _describe(version, folder)
+        db.session.add(version)
+        try:
+            db.session.flush()
+            details: Mapping[str, Any] = {"digest": found, "passed": version.passed}
+            audit.record("version.create", f"{name}/{version.number}", actor, **details)
+            db.session.commit()
+        except IntegrityError:
+            db.session.rollback()  # Another registration took this number.
+            continue
+        log.info("version_registered", model=name, version=version.number, digest=found)
+        return version
+    raise PreconditionFailed(f"too many versions of {name!r} are being registered at once; try again")
+
+
+def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
+    """Store and register the installed versions that the registry does not know, under their own numbers."""
+    adopted = []
+    for installed in installed_models(settings.model_repository):
+        known = db.session.scalar(
+            select(Version.id)
+            .join(Model)
+            .where(Model.name == installed.name, Version.digest == digest(installed.folder))
+        )
+        if known is None:
+            store.put(installed.folder)
+            adopted.append(register(installed.name, installed.folder, number=installed.version))
+    return adopted
+
+
+def find_models(after: str | None, prefix: str | None, limit: int) -> list[ModelSummary]:
+    """By name; ``after`` is the last name of the page before."""
+    counted = (
+        select(Version.model_id, func.count().label("number"), func.max(Version.number).label("newest"))
+        .group_by(Version.model_id)
+        .subquery()
+    )
+    query = (
+        select(Model, func.coalesce(counted.c.number, 0), Version)
+        .outerjoin(counted, counted.c.model_id == Model.id)
+        .outerjoin(Version, (Version.model_id == Model.id) & (Version.number == counted.c.newest))
+        .order_by(Model.name)
+        .limit(limit)
+    )
+    if after is not None:
+        query = query.where(Model.name > after)
+    if prefix:
+        query = query.where(Model.name.startswith(prefix, autoescape=True))
+    return [ModelSummary(*row) for row in db.session.execute(query)]
+
+
+def get_model(name: str) -> Model:
+    """Raises NotFound."""
+    model = db.session.scalar(select(Model).where(Model.name == name)) if NAME.fullmatch(name) else None
+    if model is None:
+        raise NotFound(f"model {name!r:.100} does not exist; GET /api/v1/models lists those that do")
+    return model
+
+
+def find_versions(name: str, before: int | None, limit: int) -> list[Version]:
+    """Newest first; ``before`` is the last number of the page before."""
+    query = select(Version).where(Version.model_id == get_model(name).id).order_by(Version.number.desc()).limit(limit)
+    if before is not None:
+        query = query.where(Version.number < before)
+    return list(db.session.scalars(query))
+
+
+def get_version(name: str, number: int) -> Version:
+    """Raises NotFound."""
+    query = select(Version).where(Version.model_id == get_model(name).id, Version.number == number)
+    version = db.session.scalar(query)
+    if version is None:
+        raise NotFound(f"model {name!r} has no version {number}; GET /api/v1/models/{name}/versions lists those it has")
+    return version
+
+
+def describe_model(name: str, description: str, revision: int | None) -> Model:
+    """Change a model's description; raises PreconditionFailed if it is not at ``revision`` any more."""
+    if len(description) > MAX_DESCRIPTION:
+        raise BadRequest(f"description has {len(description)} characters; expected at most {MAX_DESCRIPTION}")
+    model = get_model(name)
+    expected = model.revision if revision is None else revision
+    changed = db.session.execute(
+        update(Model)
+        .where(Model.id == model.id, Model.revision == expected)
+        .values(description=description, revision=Model.revision + 1)
+    )
+    if not changed.rowcount:  # type: ignore[attr-defined]
+        db.session.rollback()
+        raise PreconditionFailed(f"model {name!r} was changed by somebody else meanwhile; read it again")
+    audit.record("model.describe", name)
+    db.session.commit()
+    db.session.refresh(model)
+    return model
+
+
+def _ensure_model(name: str, actor: str) -> Model:
+    model = db.session.scalar(select(Model).where(Model.name == check_name(name)))
+    if model is not None:
+        return model
+    model = Model(name=name, created_by=actor)
+    db.session.add(model)
+    try:
+        db.session.flush()
+        audit.record("model.create", name, actor)
+        db.session.commit()
+    except IntegrityError:
+        db.session.rollback()
+        return get_model(name)
+    return model
+
+
+def _describe(version: Version, folder: Path) -> None:
+    facts, manifest = read_version_facts(folder), read_manifest(folder)
+    version.architecture, version.precision = facts.architecture, facts.precision
+    version.size_bytes, version.passed = facts.size_bytes, facts.passed
+    version.certificate = dict(facts.certificate)
+    version.source = dict(manifest.get("source", {}))

@@ -1,0 +1,105 @@
+"""The artifact store, on a disk and on another filesystem: complete or absent, verified on both ways."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+
+from control_plane.artifacts import ArtifactError, ArtifactStore
+from control_plane.errors import NotFound
+from triton_backend.version_folder import MANIFEST_JSON, digest, seal, verify
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "version"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "model.json").write_text("{}")
+    (folder / "deep" / "weights").write_bytes(b"\0" * 1000)
+    seal(folder, {"checkpoint": "tiny"}, {})
+    return folder
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request, tmp_path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store") if request.param == "disk" else f"memory://{uuid.uuid4().hex}")
+
+
+def test_what_goes_in_comes_out_under_its_digest(store, folder, tmp_path):
+    assert store.digests() == []
+    wanted = store.put(folder)
+    assert wanted == digest(folder)
+    assert (store.has(wanted), store.digests()) == (True, [wanted])
+    store.get(wanted, tmp_path / "copy")
+    verify(tmp_path / "copy")
+    assert digest(tmp_path / "copy") == wanted
+    assert (tmp_path / "copy" / "deep" / "weights").read_bytes() == b"\0" * 1000
+
+
+def test_the_copy_shares_no_bytes_with_its_source(tmp_path, folder):
+    store = ArtifactStore(str(tmp_path / "store"))
+    wanted = store.put(folder)
+    (folder / "model.json").write_text("edited")
+    store.get(wanted, tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.json").read_text() == "{}"
+
+
+def test_a_changed_folder_is_not_stored(store, folder):
+    (folder / "model.json").write_text("edited")
+    with pytest.raises(ArtifactError, match=r"model\.json differs"):
+        store.put(folder)
+    assert store.digests() == []
+
+
+def test_an_artifact_without_its_manifest_is_absent_and_can_be_stored_again(tmp_path, folder):
+    store = ArtifactStore(str(tmp_path / "store"))
+    wanted = store.put(folder)
+    (tmp_path / "store" / wanted / MANIFEST_JSON).unlink()
+    assert (store.has(wanted), store.digests()) == (False, [])
+    with pytest.raises(NotFound):
+        store.get(wanted, tmp_path / "copy")
+    assert store.put(folder) == wanted
+    store.get(wanted, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("damage", ["content", "missing", "manifest"])
+def test_a_damaged_artifact_is_refused_and_leaves_nothing(tmp_path, folder, damage):
+    store = ArtifactStore(str(tmp_path / "store"))
+    wanted = store.put(folder)
+    stored = tmp_path / "store" / wanted
+    if damage == "content":
+        (stored / "deep" / "weights").write_bytes(b"\1" * 1000)
+    elif damage == "missing":
+        (stored / "model.json").unlink()
+    else:
+        document = json.loads((stored / MANIFEST_JSON).read_text())
+        (stored / MANIFEST_JSON).write_text(json.dumps({**document, "source": {"checkpoint": "other"}}))
+    with pytest.raises(ArtifactError, match=wanted):
+        store.get(wanted, tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "version"]
+
+
+def test_delete_forgets_and_may_be_repeated(store, folder):
+    wanted = store.put(folder)
+    store.delete(wanted)
+    store.delete(wanted)
+    assert store.digests() == []
+
+
+@pytest.mark.parametrize("name", ["..", "", "/etc", "0" * 63, "0" * 65, "G" * 64, "../" + "0" * 61])
+def test_what_is_no_digest_names_nothing(store, name, tmp_path):
+    assert not store.has(name)
+    store.delete(name)
+    with pytest.raises(NotFound):
+        store.get(name, tmp_path / "copy")
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot store"):
+        ArtifactStore(str(tmp_path / "file")).put(folder)
