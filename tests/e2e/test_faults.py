@@ -74,7 +74,7 @@ def test_stopped_model_process_is_replaced_and_does_not_stay(stack: Stack, trito
     pid = stack.stub_pid()
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: is_gone(pid), 20, "end of the stopped process")
+    wait_for(lambda: is_gone(pid), 40, "end of the stopped process")
     wait_for(lambda: answers(triton, stack.model), HEAL_S, "an answer")
     stack.wait_loaded()
 
