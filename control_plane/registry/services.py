@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from control_plane.artifacts import ArtifactStore
+from control_plane.artifacts import ArtifactError, ArtifactStore
 from control_plane.auth import audit
 from control_plane.errors import BadRequest, NotFound, PreconditionFailed
 from control_plane.extensions import db
@@ -72,7 +72,10 @@ def register(
 
 
 def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
-    """Store and register the installed versions that the registry does not know, under their own numbers."""
+    """Store and register the installed versions that the registry does not know, under their own numbers.
+
+    One that is damaged, or cannot be stored, is left out.
+    """
     adopted = []
     for installed in installed_models(settings.model_repository):
         known = db.session.scalar(
@@ -80,9 +83,15 @@ def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
             .join(Model)
             .where(Model.name == installed.name, Version.digest == digest(installed.folder))
         )
-        if known is None:
+        if known is not None:
+            continue
+        try:
             store.put(installed.folder)
-            adopted.append(register(installed.name, installed.folder, number=installed.version))
+        except ArtifactError as error:
+            # A damaged version fails to load, and says so there; it must not keep everything else from starting.
+            log.warning("version_not_adopted", model=installed.name, version=installed.version, reason=str(error))
+            continue
+        adopted.append(register(installed.name, installed.folder, number=installed.version))
     return adopted
 
 

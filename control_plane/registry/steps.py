@@ -59,8 +59,8 @@ def export(run: JobRun) -> Mapping[str, Any]:
 
 
 def build(run: JobRun) -> Mapping[str, Any]:
-    """Publish: export into the job's own folder."""
-    return _export(run, _built(run))
+    """Publish: export into the job's own folder, which ends with the job."""
+    return {name: value for name, value in _export(run, _built(run)).items() if name != "folder"}
 
 
 def store(run: JobRun) -> Mapping[str, Any]:

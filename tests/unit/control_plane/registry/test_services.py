@@ -96,6 +96,14 @@ def test_installed_versions_are_stored_and_registered_once_under_their_number(ap
     assert services.register("starter", sealed(tmp_path / "b", "b")).number == 4
 
 
+def test_a_damaged_installed_version_is_left_out(app, settings, tmp_path):
+    folder = sealed(settings.model_repository / "starter" / "3", "s")
+    (folder.parent / "config.pbtxt").write_text("")
+    (folder / "model.json").write_text("changed")
+    assert services.adopt_installed(settings, ArtifactStore(str(tmp_path / "store"))) == []
+    assert services.find_models(None, None, 10) == []
+
+
 def test_the_api_shows_models_versions_proofs_and_what_is_served(app, llmos, settings, tmp_path):
     for salt in "ab":
         services.register("chat", sealed(tmp_path / salt, salt))
