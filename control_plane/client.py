@@ -38,6 +38,10 @@ class ApiError(ControlPlaneError):
         self.code = code
 
 
+class Unreachable(ApiError):
+    """Nobody answers at all."""
+
+
 class ControlPlane:
     """One connection pool to one server; use it as a context manager, or ``close`` it. Safe to share among threads."""
 
@@ -122,7 +126,7 @@ class ControlPlane:
                 # A stream also ends when it has lasted long enough for the server.
                 if self.job(job_id)["state"] in ENDED:
                     return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, Unreachable) as error:
                 reconnects += 1
                 if reconnects > MAX_RECONNECTS:
                     raise self._unreachable(error) from None
@@ -159,9 +163,10 @@ class ControlPlane:
         document: Document = response.json()
         return document
 
-    def _unreachable(self, error: httpx.TransportError) -> ApiError:
-        message = f"no llmos answers at {self._url} ({error}); start it with llmos up"
-        return ApiError(message, 503, "unreachable")
+    def _unreachable(self, error: Exception) -> Unreachable:
+        if isinstance(error, Unreachable):
+            return error
+        return Unreachable(f"no llmos answers at {self._url} ({error}); start it with llmos up", 503, "unreachable")
 
 
 def _error(response: httpx.Response) -> ApiError:
@@ -169,4 +174,5 @@ def _error(response: httpx.Response) -> ApiError:
         problem = response.json()
         return ApiError(problem["detail"], response.status_code, problem["code"])
     except (ValueError, KeyError, TypeError):
-        return ApiError(f"{response.request.url} answered {response.status_code}", response.status_code, "http_error")
+        message = f"{response.request.url} answered {response.status_code} and not why; is it llmos that listens there?"
+        return ApiError(message, response.status_code, "http_error")

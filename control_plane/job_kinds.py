@@ -16,9 +16,7 @@ KINDS: dict[str, JobKind] = {
         {"export": registry.build, "store": registry.store, "register": registry.register},
         "cpu",
     ),
-    "verify": JobKind(
-        "run a version's proof again", registry.VerifyParams, {"verify": registry.verify_version}, "cpu", "developer"
-    ),
+    "verify": JobKind("run a version's proof again", registry.VerifyParams, {"verify": registry.verify_version}, "cpu"),
     "pretrain": JobKind(
         "train a small language model from scratch",
         training.PretrainParams,

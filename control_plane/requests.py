@@ -1,8 +1,9 @@
-"""Reading what a client of the REST API sent: bodies by their schema, numbers of the query."""
+"""What routes of the REST API have in common: bodies by their schema, parameters of the query, pages."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from flask import request
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from control_plane.responses import read_body
 MAX_TEXT = 200
 
 Body = TypeVar("Body", bound=BaseModel)
+Row = TypeVar("Row")
 
 
 def parse_body(schema: type[Body]) -> Body:
@@ -25,20 +27,25 @@ def parse_body(schema: type[Body]) -> Body:
         raise BadRequest(f"{name} is not as expected: {first['msg']}") from None
 
 
-def whole_number(name: str, default: int, *, least: int = 1, most: int = 2**63 - 1) -> int:
+def query_number(name: str, default: int, *, least: int = 1, most: int = 2**63 - 1) -> int:
     """A parameter of the query; raises BadRequest."""
-    text = request.args.get(name)
-    if text is None:
+    given = request.args.get(name)
+    if given is None:
         return default
     # Digits of ASCII only: int() takes others, too.
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
-        raise BadRequest(f"{name} has value {text!r:.100}; expected a whole number from {least} to {most}")
-    return int(text)
+    if not (given.isascii() and given.isdecimal() and len(given) < 20 and least <= int(given) <= most):
+        raise BadRequest(f"{name} has value {given!r:.100}; expected a whole number from {least} to {most}")
+    return int(given)
 
 
-def text(name: str) -> str | None:
+def query_text(name: str) -> str | None:
     """A parameter of the query; raises BadRequest for what no name of ours can be."""
     value = request.args.get(name)
     if value is not None and not (len(value) <= MAX_TEXT and value.isprintable()):
         raise BadRequest(f"{name} has value {value!r:.100}; expected at most {MAX_TEXT} printable characters")
     return value
+
+
+def page(rows: Sequence[Row], limit: int, render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
+    """One page of a list; ``rows`` were read with one more than ``limit``, which tells whether there is another."""
+    return {"data": [render(row) for row in rows[:limit]], "has_more": len(rows) > limit}

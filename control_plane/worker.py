@@ -10,7 +10,6 @@ import threading
 
 import structlog
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
-from sqlalchemy.exc import SQLAlchemyError
 
 from control_plane import create_app
 from control_plane.jobs import runner, services
@@ -42,8 +41,9 @@ def _mend() -> None:
         try:
             with flask_app.app_context():
                 services.mend(celery)
-        except SQLAlchemyError as error:
-            log.warning("mending_failed", reason=str(error))
+        except Exception:
+            # Whatever it was, the next look is two seconds away; a thread that ended would never look again.
+            log.exception("mending_failed")
 
 
 flask_app = create_app(Settings.from_environment())

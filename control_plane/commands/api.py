@@ -48,7 +48,10 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
-    """Show a job's events until it has ended; exit code 1 unless it succeeded, or when Ctrl-C leaves it running."""
+    """Show a job's events until it has ended.
+
+    Exit code 1 unless it succeeded, or when Ctrl-C leaves it running; 3 if it succeeded and found a proof that fails.
+    """
     from control_plane.launcher.console import Screen
     from control_plane.subprocesses import ChildEvent
 
@@ -66,3 +69,6 @@ def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
     if job["state"] != "SUCCEEDED":
         typer.echo(f"llmos: {job['error']}", err=True)
         raise typer.Exit(1)
+    if (job["result"] or {}).get("passed") is False:
+        typer.echo("llmos: the proof failed: the version is not equal to its checkpoint", err=True)
+        raise typer.Exit(3)

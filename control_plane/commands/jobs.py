@@ -1,6 +1,7 @@
 """``llmos jobs …``: jobs of a running installation, over its REST API.
 
-Exit codes: 0 done · 1 refused, unreachable, or the job that was waited for did not succeed · 2 wrong usage.
+Exit codes: 0 done · 1 refused, unreachable, or the job that was waited for did not succeed · 2 wrong usage ·
+3 done, but a proof failed.
 """
 
 from __future__ import annotations

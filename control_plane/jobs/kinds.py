@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 
 from control_plane.settings import Settings
 from control_plane.subprocesses import ChildEvent
-from control_plane.triton import TritonClient
 
 
 class JobParams(BaseModel):
@@ -25,24 +22,23 @@ class JobParams(BaseModel):
 
 
 class JobRun(Protocol):
-    """What a step is given. ``results`` holds what the finished steps returned; ``folder`` is the job's own."""
+    """What a step is given.
+
+    ``results`` holds what the finished steps returned; ``folder`` is the job's own; ``actor`` is who submitted it.
+    """
 
     job_id: str
     params: Any
     results: Mapping[str, Mapping[str, Any]]
     folder: Path
     settings: Settings
-    triton: TritonClient
     actor: str
 
     def child(self, module: str, *arguments: str, good_statuses: Sequence[int] = (0,)) -> ChildEvent | None:
-        """Run ``python -m module arguments`` and record its events; returns its ``finished`` event."""
+        """Run ``python -m module arguments`` and record its events; returns its ``finished`` event.
 
-    def say(self, event: str, **fields: Any) -> None:
-        """Record one event of the step itself."""
-
-    def check(self) -> None:
-        """Raises if the job was cancelled or given to another worker; long waits call it."""
+        Raises ChildFailed, or, if the job was cancelled or given to another worker, what ends the run.
+        """
 
 
 Step = Callable[[JobRun], Mapping[str, Any] | None]
@@ -61,10 +57,3 @@ class JobKind:
     steps: Mapping[str, Step]
     queue: str = "default"
     role: str = "operator"
-
-
-def python_command(module: str, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", module, *arguments]
-
-
-Child = subprocess.Popen[str]

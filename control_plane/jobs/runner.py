@@ -7,6 +7,8 @@ lease is lost. Both write through ``_write``, which names the fencing token: wit
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +17,13 @@ from typing import Any
 
 import structlog
 from flask import Flask
+from pydantic import ValidationError
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from control_plane.errors import ControlPlaneError
 from control_plane.extensions import db, now
-from control_plane.jobs.kinds import Child, JobKind, python_command
+from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.services import LEASE, owner_of_this_process
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job, JobEvent
 from control_plane.settings import PROJECT_ROOT, Settings
@@ -91,9 +94,17 @@ def run_next(app: Flask, queue: str) -> str | None:
         job = claim(queue, owner_of_this_process())
         if job is None:
             return None
-        runner = Runner(app, job)
+        job_id = job.id
+        try:
+            runner = Runner(app, job)
+        except (KeyError, ValidationError) as error:
+            # Submitted to another release of llmos, which had this kind or these parameters.
+            job.state, job.finished_at = FAILED, now()
+            job.error = f"this release cannot run it ({error}); submit it again as llmos jobs kinds says"
+            db.session.commit()
+            return job_id
     runner.run()
-    return runner.job_id
+    return job_id
 
 
 class Runner:
@@ -107,7 +118,6 @@ class Runner:
         self.job_id = job.id
         self.actor = job.created_by
         self.settings: Settings = app.config["SETTINGS"]
-        self.triton = app.extensions["triton"]
         self.folder: Path = self.settings.jobs_dir / job.id
         self.params = self._kind.params.model_validate(job.params)
         self.results: Mapping[str, Mapping[str, Any]] = dict(job.steps)
@@ -117,7 +127,7 @@ class Runner:
         self._flushed_at = 0.0
         self._stopped: ControlPlaneError | None = None
         self._done = threading.Event()
-        self._child: Child | None = None
+        self._child: subprocess.Popen[str] | None = None
 
     def run(self) -> None:
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -134,25 +144,22 @@ class Runner:
             heart.join()
 
     def child(self, module: str, *arguments: str, good_statuses: Sequence[int] = (0,)) -> ChildEvent | None:
-        self.check()
+        self._check()
         try:
             return run_child(
-                python_command(module, arguments),
+                [sys.executable, "-m", module, *arguments],
                 self._note,
                 folder=PROJECT_ROOT,
                 good_statuses=good_statuses,
                 on_start=self._started,
             )
         except ControlPlaneError:
-            self.check()  # If it was stopped from here, that is the reason.
+            self._check()  # If it was stopped from here, that is the reason.
             raise
         finally:
             self._child = None
 
-    def say(self, event: str, **fields: Any) -> None:
-        self._record({"event": event, "step": self._step, **fields})
-
-    def check(self) -> None:
+    def _check(self) -> None:
         if self._stopped is not None:
             raise self._stopped
 
@@ -163,10 +170,11 @@ class Runner:
             for number, (name, step) in enumerate(self._kind.steps.items()):
                 if name in self.results:
                     continue
-                self.check()
+                self._check()
                 self._step = name
-                self._write(progress={"step": name, "done": number, "total": len(self._kind.steps)})
-                self.say("step", done=number, total=len(self._kind.steps))
+                progress = {"step": name, "done": number, "total": len(self._kind.steps)}
+                self._write(progress=progress)
+                self._record({"event": "step", **progress})
                 with self._app.app_context():
                     result = dict(step(self) or {})
                 self.results = {**self.results, name: result}
@@ -182,10 +190,8 @@ class Runner:
             return FAILED, f"step {self._step}: {error}"
         except Exception as error:
             log.exception("job_crashed", job=self.job_id, step=self._step)
-            return (
-                FAILED,
-                f"step {self._step}: internal error, {type(error).__name__}: {error}; the worker's log has it",
-            )
+            what = f"{type(error).__name__}: {error}"
+            return FAILED, f"step {self._step}: internal error, {what}; the worker's log has it"
 
     def _end(self, state: str, error: str | None) -> None:
         result = {key: value for found in self.results.values() for key, value in found.items()}
@@ -201,7 +207,7 @@ class Runner:
         self._write(state=QUEUED, attempt=self._attempt - 1, lease_owner=None, lease_expires_at=None)
         log.info("job_given_back", job=self.job_id)
 
-    def _started(self, child: Child) -> None:
+    def _started(self, child: subprocess.Popen[str]) -> None:
         self._child = child
         if self._stopped is not None:
             stop_group(child)
@@ -212,7 +218,7 @@ class Runner:
         if event.event == "finished":
             fields = {key: value for key, value in fields.items() if not isinstance(value, (dict, list))}
         self._record(fields)
-        self.check()
+        self._check()
 
     def _record(self, event: dict[str, Any]) -> None:
         text = event.get("message")

@@ -15,7 +15,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -37,7 +37,7 @@ from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING,
 
 CANARY_TASK = "canary"
 RUN_TASK = "run_next"
-QUEUES = ("default", "cpu", "gpu")
+HEAVY_QUEUES = ("cpu", "gpu")
 LEASE = timedelta(seconds=15)
 MAX_ATTEMPTS = 3
 """A job that takes its worker down so many times is not started again."""
@@ -167,6 +167,12 @@ def find(kind: str | None, state: str | None, before: str | None, limit: int) ->
             (Job.created_at < last.created_at) | ((Job.created_at == last.created_at) & (Job.id < last.id))
         )
     return list(db.session.scalars(query))
+
+
+def running_job(queues: Sequence[str]) -> str | None:
+    """The id of a job of these queues that a living worker runs."""
+    query = select(Job.id).where(Job.state == RUNNING, Job.queue.in_(queues), Job.lease_expires_at > now())
+    return db.session.scalar(query.limit(1))
 
 
 def events(job_id: str, after: int, limit: int) -> list[JobEvent]:

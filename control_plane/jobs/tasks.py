@@ -1,4 +1,4 @@
-"""Celery tasks. They take ids, do one thing, and are safe to run twice."""
+"""Celery tasks: what a message makes a worker do. They name no job, and are safe to run twice."""
 
 from __future__ import annotations
 

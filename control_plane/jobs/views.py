@@ -16,7 +16,7 @@ from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.schemas import JobIn, event_out, job_out
-from control_plane.requests import parse_body, text, whole_number
+from control_plane.requests import page, parse_body, query_number, query_text
 
 jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
 
@@ -36,10 +36,9 @@ def list_kinds() -> dict[str, Any]:
 @jobs.get("/jobs")
 @require_key("viewer")
 def list_jobs() -> dict[str, Any]:
-    limit = whole_number("limit", 50, most=MAX_PAGE)
-    found = services.find(text("kind"), text("state"), text("before"), limit + 1)
-    page, has_more = found[:limit], len(found) > limit
-    return {"data": [job_out(job) for job in page], "has_more": has_more}
+    limit = query_number("limit", 50, most=MAX_PAGE)
+    found = services.find(query_text("kind"), query_text("state"), query_text("before"), limit + 1)
+    return page(found, limit, job_out)
 
 
 @jobs.post("/jobs")
@@ -75,7 +74,7 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
     """A page of events, or, for ``Accept: text/event-stream``, all of them and those to come until the job ends."""
     services.get(job_id)
     if request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream":
-        after = whole_number("after", _last_event_id(), least=0)
+        after = query_number("after", _last_event_id(), least=0)
         # The session belongs to this request; the stream outlives it and opens its own.
         db.session.rollback()
         app = current_app._get_current_object()  # type: ignore[attr-defined]
@@ -87,9 +86,9 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         return response
-    limit = whole_number("limit", 200, most=MAX_EVENTS)
-    found = services.events(job_id, whole_number("after", 0, least=0), limit + 1)
-    return {"data": [event_out(event) for event in found[:limit]], "has_more": len(found) > limit}
+    limit = query_number("limit", 200, most=MAX_EVENTS)
+    found = services.events(job_id, query_number("after", 0, least=0), limit + 1)
+    return page(found, limit, event_out)
 
 
 @jobs.post("/jobs/<job_id>/cancel")

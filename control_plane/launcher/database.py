@@ -22,13 +22,13 @@ def upgrade(settings: Settings) -> None:
     upgrade_database(settings)
 
 
-def register_installed(settings: Settings) -> int:
-    """Take the installed versions into the registry that it does not know; returns how many there were."""
+def register_installed(settings: Settings) -> None:
+    """Take the installed versions into the registry that it does not know."""
     from control_plane.artifacts import artifact_store
     from control_plane.registry.services import adopt_installed
 
     with _application(settings):
-        return len(adopt_installed(settings, artifact_store(settings)))
+        adopt_installed(settings, artifact_store(settings))
 
 
 def create_first_key(settings: Settings) -> str | None:

@@ -15,8 +15,13 @@ from pathlib import Path
 
 from control_plane.launcher.console import Screen
 from control_plane.launcher.processes import child_environment
-from control_plane.registry.model_directory import InstalledModel, install, installed_models, refresh_configs
-from control_plane.registry.steps import is_sealed
+from control_plane.registry.model_directory import (
+    InstalledModel,
+    install,
+    installed_models,
+    is_sealed,
+    refresh_configs,
+)
 from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.subprocesses import run_child
 

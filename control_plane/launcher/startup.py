@@ -114,6 +114,7 @@ def _prepare(settings: Settings, screen: Screen) -> str:
     screen.done(f"model {model.name} version {model.version} is installed")
     with screen.step("bring the database up to date"):
         database.upgrade(settings)
+    with screen.step("register what is installed"):
         database.register_installed(settings)
     return model.name
 

@@ -101,6 +101,15 @@ def installed_models(repository: Path) -> list[InstalledModel]:
     return models
 
 
+def is_sealed(version_folder: Path) -> bool:
+    """Whether a version folder is complete and unchanged; reads all of it."""
+    try:
+        verify(version_folder)
+    except VersionFolderError:
+        return False
+    return True
+
+
 def write_config(repository: Path, name: str) -> bool:
     """Write ``config.pbtxt`` for the highest version of a model; returns whether that changed anything."""
     directory = repository / check_name(name)

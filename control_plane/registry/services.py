@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 
 from control_plane.artifacts import ArtifactError, ArtifactStore
 from control_plane.auth import audit
-from control_plane.errors import BadRequest, NotFound, PreconditionFailed
+from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from control_plane.extensions import db
 from control_plane.registry.model_directory import NAME, check_name, installed_models
 from control_plane.registry.tables import Model, Version
@@ -46,6 +46,7 @@ def register(
     """Record the sealed ``folder`` as the next version of a model, which is made if need be.
 
     The same folder again gives the version that it was registered as. ``number`` is for folders that have one already.
+    Raises BadRequest for a bad name, Conflict if the number belongs to another folder.
     """
     found = digest(folder)
     actor = actor or audit.current_actor()
@@ -64,17 +65,21 @@ def register(
             audit.record("version.create", f"{name}/{version.number}", actor, **details)
             db.session.commit()
         except IntegrityError:
-            db.session.rollback()  # Another registration took this number.
-            continue
+            db.session.rollback()
+            if number is not None:
+                raise Conflict(
+                    f"model {name!r} has another version {number} already; give the folder a new number"
+                ) from None
+            continue  # Another registration took this number.
         log.info("version_registered", model=name, version=version.number, digest=found)
         return version
-    raise PreconditionFailed(f"too many versions of {name!r} are being registered at once; try again")
+    raise Conflict(f"too many versions of {name!r} are being registered at once; try again")
 
 
 def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
     """Store and register the installed versions that the registry does not know, under their own numbers.
 
-    One that is damaged, or cannot be stored, is left out.
+    One that is damaged, cannot be stored, or has the number of another version is left out.
     """
     adopted = []
     for installed in installed_models(settings.model_repository):
@@ -87,11 +92,10 @@ def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
             continue
         try:
             store.put(installed.folder)
-        except ArtifactError as error:
-            # A damaged version fails to load, and says so there; it must not keep everything else from starting.
+            adopted.append(register(installed.name, installed.folder, number=installed.version))
+        except (ArtifactError, Conflict) as error:
+            # It is served as far as it can be; the registry must not keep everything else from starting.
             log.warning("version_not_adopted", model=installed.name, version=installed.version, reason=str(error))
-            continue
-        adopted.append(register(installed.name, installed.folder, number=installed.version))
     return adopted
 
 

@@ -13,10 +13,9 @@ from control_plane.artifacts import artifact_store
 from control_plane.errors import ControlPlaneError
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import services
-from control_plane.registry.model_directory import NAME
+from control_plane.registry.model_directory import NAME, is_sealed
 from control_plane.version_facts import read_version_facts
-from triton_backend.errors import VersionFolderError
-from triton_backend.version_folder import digest, verify
+from triton_backend.version_folder import digest
 
 MAX_TEXT = 1000
 
@@ -99,12 +98,3 @@ def _export(run: JobRun, out: Path) -> Mapping[str, Any]:
 
 def _built(run: JobRun) -> Path:
     return run.folder / "version"
-
-
-def is_sealed(folder: Path) -> bool:
-    """Whether a version folder is complete and unchanged."""
-    try:
-        verify(folder)
-    except VersionFolderError:
-        return False
-    return True

@@ -12,7 +12,7 @@ from control_plane.errors import BadRequest
 from control_plane.registry import services, serving_state
 from control_plane.registry.schemas import ModelEdit, model_out, summary_out, version_out
 from control_plane.registry.serving_state import ServingState
-from control_plane.requests import parse_body, text, whole_number
+from control_plane.requests import page, parse_body, query_number, query_text
 
 models = APIBlueprint("models", __name__, url_prefix="/api/v1")
 
@@ -23,10 +23,10 @@ MAX_NUMBER = 10**9 - 1
 @models.get("/models")
 @require_key("viewer")
 def list_models() -> dict[str, Any]:
-    limit = whole_number("limit", 50, most=MAX_PAGE)
-    found = services.find_models(text("after"), text("prefix"), limit + 1)
+    limit = query_number("limit", 50, most=MAX_PAGE)
+    found = services.find_models(query_text("after"), query_text("prefix"), limit + 1)
     serving = _serving()
-    return {"data": [summary_out(summary, serving) for summary in found[:limit]], "has_more": len(found) > limit}
+    return page(found, limit, lambda summary: summary_out(summary, serving))
 
 
 @models.get("/models/<name>")
@@ -46,11 +46,11 @@ def edit_model(name: str) -> Response:
 @models.get("/models/<name>/versions")
 @require_key("viewer")
 def list_versions(name: str) -> dict[str, Any]:
-    limit = whole_number("limit", 50, most=MAX_PAGE)
-    before = whole_number("before", 0, most=MAX_NUMBER) or None
+    limit = query_number("limit", 50, most=MAX_PAGE)
+    before = query_number("before", 0, most=MAX_NUMBER) or None
     found = services.find_versions(name, before, limit + 1)
     serving = _serving()
-    return {"data": [version_out(version, name, serving) for version in found[:limit]], "has_more": len(found) > limit}
+    return page(found, limit, lambda version: version_out(version, name, serving))
 
 
 @models.get("/models/<name>/versions/<int:number>")

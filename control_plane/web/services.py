@@ -21,7 +21,7 @@ from flask import Flask
 
 from control_plane.errors import ControlPlaneError, RequestTimeout
 from control_plane.extensions import db
-from control_plane.jobs.services import ping_worker
+from control_plane.jobs.services import HEAVY_QUEUES, ping_worker, running_job
 from control_plane.registry import serving_state
 from control_plane.registry.model_directory import InstalledModel, installed_models
 from control_plane.settings import Settings
@@ -126,7 +126,8 @@ class SystemStatus:
         questions = [
             ("Triton", "runs the engine", self._ask_triton),
             ("Reconciler", "keeps installed models served", self._ask_reconciler),
-            ("Worker", "runs exports, training and data jobs", self._ask_worker),
+            ("Worker", "runs light jobs", self._ask_worker),
+            ("Heavy worker", "runs exports, proofs and training", self._ask_heavy_worker),
             ("Redis", "wakes workers", self._ask_redis),
             ("Database", "the record of everything", self._ask_database),
         ]
@@ -143,6 +144,15 @@ class SystemStatus:
 
     def _ask_worker(self) -> str:
         ping = ping_worker(self._app.extensions["celery"], PROCESS_TIMEOUT_S)
+        return f"ran a task in {ping.latency_s * 1000:.0f} ms"
+
+    def _ask_heavy_worker(self) -> str:
+        # One that is busy answers nothing, but renews its lease.
+        with self._app.app_context():
+            job_id = running_job(HEAVY_QUEUES)
+        if job_id is not None:
+            return f"runs job {job_id[:8]}"
+        ping = ping_worker(self._app.extensions["celery"], PROCESS_TIMEOUT_S, HEAVY_QUEUES[0])
         return f"ran a task in {ping.latency_s * 1000:.0f} ms"
 
     def _ask_redis(self) -> str:

@@ -1,46 +1,13 @@
-"""The real worker with kinds of jobs for tests: ``celery --app=tests.integration.control_plane.job_worker worker``.
-
-``note`` only notes that it ran. ``chain`` has two steps: ``first`` notes, ``second`` runs a child for some seconds,
-which fails as long as the file ``needed`` is missing.
-"""
+"""The real worker with kinds of jobs for tests: ``celery --app=tests.integration.control_plane.job_worker worker``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from control_plane.job_kinds import KINDS
+from tests.integration.control_plane.job_kinds import TEST_KINDS
 
-from control_plane import job_kinds
-from control_plane.jobs.kinds import JobKind, JobParams, JobRun
+KINDS.update(TEST_KINDS)
 
-CHILD = "tests.integration.control_plane.job_child"
-
-
-class NoteParams(JobParams):
-    pass
-
-
-class ChainParams(JobParams):
-    seconds: float = 0.2
-    needed: str = ""
-
-
-def note(run: JobRun) -> Mapping[str, Any]:
-    with (run.settings.home / "notes").open("a") as stream:
-        stream.write(f"{run.job_id}\n")
-    return {"noted": run.job_id}
-
-
-def second(run: JobRun) -> Mapping[str, Any]:
-    run.child(CHILD, str(run.settings.home / "children"), str(run.params.seconds), run.params.needed)
-    return {"after": run.results["first"]["noted"]}
-
-
-TEST_KINDS = {
-    "note": JobKind("note that it ran", NoteParams, {"note": note}),
-    "chain": JobKind("two steps", ChainParams, {"first": note, "second": second}),
-}
-job_kinds.KINDS.update(TEST_KINDS)
-
+# It builds the application, which takes the kinds that are there by then.
 from control_plane.worker import celery  # noqa: E402
 
 __all__ = ["celery"]

@@ -24,17 +24,13 @@ from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEE
 from control_plane.triton_fake import FakeTriton
 
 from .conftest import Process, wait_for
+from .job_kinds import TEST_KINDS
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def app(settings, redis_process, monkeypatch):
-    from control_plane import job_kinds
-
-    monkeypatch.setattr(job_kinds, "KINDS", dict(job_kinds.KINDS))
-    from .job_worker import TEST_KINDS
-
+def app(settings, redis_process):
     upgrade_database(settings)
     app = create_app(settings, FakeTriton({}))
     app.extensions["job_kinds"] = {**app.extensions["job_kinds"], **TEST_KINDS}
@@ -263,6 +259,18 @@ def test_a_job_whose_worker_dies_again_and_again_fails(jobs):
             db.session.commit()
             services.mend(jobs.app.extensions["celery"])
     assert "its worker died 3 times" in jobs.get(job_id).error
+
+
+@pytest.mark.parametrize("change", [{"kind": "forgotten"}, {"params": {"gone": 1}}])
+def test_a_job_of_another_release_fails_and_says_so(jobs, change):
+    job_id = jobs.submit("note")
+    with jobs.app.app_context():
+        db.session.execute(sqlalchemy.update(Job).values(change))
+        db.session.commit()
+    assert runner.run_next(jobs.app, "default") == job_id
+    job = jobs.get(job_id)
+    assert job.state == FAILED
+    assert "this release cannot run it" in job.error
 
 
 def test_an_idempotency_key_gives_the_same_job_again_and_refuses_another(jobs):

@@ -71,12 +71,13 @@ def test_the_same_key_gives_the_same_job(llmos):
         ("viewer", "pretrain", False),
         ("developer", "pretrain", True),
         ("developer", "export", False),
+        ("developer", "verify", False),
         ("operator", "export", True),
         ("admin", "export", True),
     ],
 )
 def test_a_kind_needs_its_role(connect, role, kind, is_allowed):
-    params = EXPORT if kind == "export" else {"name": "tiny"}
+    params = {"export": EXPORT, "verify": {"folder": "/v"}, "pretrain": {"name": "tiny"}}[kind]
     if is_allowed:
         assert connect(role).submit_job(kind, params)["state"] == "QUEUED"
     else:
@@ -179,4 +180,48 @@ def test_a_server_that_is_away_is_one_sentence():
         ControlPlane("http://127.0.0.1:1", "llmos_x") as llmos,
         pytest.raises(ApiError, match="start it with llmos up"),
     ):
+        llmos.jobs()
+
+
+def test_event_streams_leave_web_threads_to_others(app, client, llmos):
+    job_id = llmos.submit_job("export", EXPORT)["id"]
+    slots = app.extensions["event_stream_slots"]
+    while slots.acquire(blocking=False):
+        pass
+    answer = client.get(f"/api/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"})
+    assert (answer.status_code, answer.json["code"]) == (503, "overloaded")
+    slots.release()
+    llmos.cancel_job(job_id)
+    with client.get(f"/api/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"}) as stream:
+        assert stream.status_code == 200
+    assert slots.acquire(blocking=False)
+
+
+def test_a_job_is_followed_across_a_restart_of_the_server():
+    calls: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        calls.append(f"{request.url.path} {request.headers.get('Last-Event-ID')}")
+        if len(calls) in (2, 3):
+            raise httpx.ConnectError("refused")
+        if not request.url.path.endswith("/events"):
+            return httpx.Response(200, json={"state": "SUCCEEDED"})
+        number = 1 if len(calls) == 1 else 2
+        return httpx.Response(200, text=f'id: {number}\ndata: {{"id": {number}, "event": "progress"}}\n\n')
+
+    with ControlPlane("http://llmos", "llmos_x", transport=httpx.MockTransport(answer)) as llmos:
+        assert [event["id"] for event in llmos.follow_job("j")] == [1, 2]
+    assert calls == [
+        "/api/v1/jobs/j/events 0",
+        "/api/v1/jobs/j None",
+        "/api/v1/jobs/j/events 1",
+        "/api/v1/jobs/j/events 1",
+        "/api/v1/jobs/j None",
+    ]
+
+
+def test_what_is_no_llmos_is_said():
+    transport = httpx.MockTransport(lambda request: httpx.Response(502, text="<html>"))
+    llmos = ControlPlane("http://llmos", "llmos_x", transport=transport)
+    with llmos, pytest.raises(ApiError, match="answered 502"):
         llmos.jobs()

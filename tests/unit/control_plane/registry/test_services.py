@@ -14,27 +14,14 @@ from control_plane.artifacts import ArtifactStore
 from control_plane.auth.services import create_key
 from control_plane.auth.tables import AuditEvent
 from control_plane.client import ApiError, ControlPlane
-from control_plane.errors import BadRequest
+from control_plane.errors import BadRequest, Conflict
 from control_plane.extensions import db
 from control_plane.registry import services, serving_state
 from control_plane.registry.serving_state import LOADED, ModelState, ServingState
-from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton
 from triton_backend.version_folder import seal
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def settings(tmp_path) -> Settings:
-    return Settings.from_environment(
-        {
-            "LLMOS_HOME": str(tmp_path / "home"),
-            "LLMOS_MODEL_REPOSITORY": str(tmp_path / "models"),
-            "LLMOS_DATABASE_URL": "sqlite://",
-            "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0",
-        }
-    )
 
 
 @pytest.fixture
@@ -102,6 +89,16 @@ def test_a_damaged_installed_version_is_left_out(app, settings, tmp_path):
     (folder / "model.json").write_text("changed")
     assert services.adopt_installed(settings, ArtifactStore(str(tmp_path / "store"))) == []
     assert services.find_models(None, None, 10) == []
+
+
+def test_an_installed_version_whose_number_is_taken_is_left_out(app, settings, tmp_path):
+    services.register("starter", sealed(tmp_path / "published", "p"))
+    sealed(settings.model_repository / "starter" / "1", "s")
+    (settings.model_repository / "starter" / "config.pbtxt").write_text("")
+    assert services.adopt_installed(settings, ArtifactStore(str(tmp_path / "store"))) == []
+    assert [version.number for version in services.find_versions("starter", None, 10)] == [1]
+    with pytest.raises(Conflict, match="has another version 1"):
+        services.register("starter", settings.model_repository / "starter" / "1", number=1)
 
 
 def test_the_api_shows_models_versions_proofs_and_what_is_served(app, llmos, settings, tmp_path):
