@@ -56,19 +56,20 @@ def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
     from control_plane.subprocesses import ChildEvent
 
     screen = Screen()
+    job = llmos.job(job_id)
     screen.line(f"job {job_id}")
     try:
-        with screen.child("job") as on_event:
+        with screen.child(job["kind"]) as on_event:
             for event in llmos.follow_job(job_id, after):
                 on_event(ChildEvent(event["event"], event))
+            job = llmos.job(job_id)
+            if job["state"] != "SUCCEEDED":
+                typer.echo(f"llmos: the job ended {job['state']}: {job['error']}", err=True)
+                raise typer.Exit(1)
     except KeyboardInterrupt:
         screen.line(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}")
         raise typer.Exit(1) from None
-    job = llmos.job(job_id)
-    print_table(["result", job["state"]], [[name, str(value)] for name, value in (job["result"] or {}).items()])
-    if job["state"] != "SUCCEEDED":
-        typer.echo(f"llmos: {job['error']}", err=True)
-        raise typer.Exit(1)
+    print_table(["result", ""], [[name, str(value)] for name, value in (job["result"] or {}).items()])
     if (job["result"] or {}).get("passed") is False:
         typer.echo("llmos: the proof failed: the version is not equal to its checkpoint", err=True)
         raise typer.Exit(3)

@@ -79,7 +79,6 @@ def submit(
 def watch(job_id: JobId) -> None:
     """Show a job's events until it has ended; Ctrl-C leaves it running."""
     with connected() as llmos:
-        llmos.job(job_id)
         follow(llmos, job_id)
 
 

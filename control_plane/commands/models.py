@@ -20,8 +20,11 @@ def list_models(
         found = llmos.models(prefix)
     if as_json:
         return print_json(found)
-    rows = [[model["name"], str(model["num_versions"]), *_version_cells(model["newest"])] for model in found]
-    print_table(["model", "versions", "newest", "precision", "proven", "serving", "MiB", "created"], rows)
+    rows = [
+        [model["name"], str(model["num_versions"]), _served(model["serving"]), *_version_cells(model["newest"])]
+        for model in found
+    ]
+    print_table(["model", "versions", "serving", "newest", "precision", "proven", "MiB", "created"], rows)
 
 
 @models.command()
@@ -32,8 +35,11 @@ def show(name: Annotated[str, typer.Argument(help="A model.")], as_json: AsJson 
     if as_json:
         return print_json({**model, "versions": versions})
     typer.echo(f"{name}: {model['description']}" if model["description"] else name)
-    rows = [[*_version_cells(version), version["digest"][:12], _proof(version)] for version in versions]
-    columns = ["version", "precision", "proven", "serving", "MiB", "created", "digest", "certificate"]
+    rows = [
+        [*_version_cells(version), _state(version["serving"]), version["digest"][:12], _proof(version)]
+        for version in versions
+    ]
+    columns = ["version", "precision", "proven", "MiB", "created", "serving", "digest", "certificate"]
     print_table(columns, rows)
 
 
@@ -69,11 +75,18 @@ def publish(
 
 def _version_cells(version: dict[str, Any] | None) -> list[str]:
     if version is None:
-        return [""] * 6
+        return [""] * 5
     proven = {True: "yes", False: "NO", None: "not proven"}[version["passed"]]
-    serving = version["serving"]["state"] if version["serving"] else ""
     mib = f"{(version['size_bytes'] or 0) / (1 << 20):.1f}"
-    return [str(version["version"]), version["precision"] or "", proven, serving, mib, version["created_at"][:19]]
+    return [str(version["version"]), version["precision"] or "", proven, mib, version["created_at"][:19]]
+
+
+def _served(serving: dict[str, Any] | None) -> str:
+    return f"{serving['version']}: {_state(serving)}" if serving else ""
+
+
+def _state(serving: dict[str, Any] | None) -> str:
+    return "" if serving is None else ": ".join(filter(None, (serving["state"], serving["message"])))
 
 
 def _proof(version: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from control_plane.extensions import iso
 from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
-from control_plane.registry.serving_state import ServingState
+from control_plane.registry.serving_state import ModelState, ServingState
 from control_plane.registry.tables import Model, Version
 
 
@@ -29,8 +29,15 @@ def model_out(model: Model) -> dict[str, Any]:
 
 
 def summary_out(summary: ModelSummary, serving: ServingState) -> dict[str, Any]:
+    """``serving`` is the version that is meant to be served, with its state in Triton; None if none is."""
+    state = serving.models.get(summary.model.name)
     newest = None if summary.newest is None else version_out(summary.newest, summary.model.name, serving)
-    return {**model_out(summary.model), "num_versions": summary.num_versions, "newest": newest}
+    return {
+        **model_out(summary.model),
+        "num_versions": summary.num_versions,
+        "newest": newest,
+        "serving": _serving_out(state),
+    }
 
 
 def version_out(version: Version, name: str, serving: ServingState) -> dict[str, Any]:
@@ -48,9 +55,13 @@ def version_out(version: Version, name: str, serving: ServingState) -> dict[str,
         "certificate": version.certificate,
         "source": version.source,
         "job_id": version.job_id,
-        "serving": {"state": state.state, "reason": state.reason, "message": state.message}
-        if state is not None and is_served
-        else None,
+        "serving": _serving_out(state) if is_served else None,
         "created_by": version.created_by,
         "created_at": iso(version.created_at),
     }
+
+
+def _serving_out(state: ModelState | None) -> dict[str, Any] | None:
+    if state is None:
+        return None
+    return {"version": state.version, "state": state.state, "reason": state.reason, "message": state.message}
