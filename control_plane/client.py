@@ -24,6 +24,7 @@ from control_plane.errors import ControlPlaneError
 TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 60.0
 RECONNECT_S = 1.0
+POLL_S = 0.2
 MAX_RECONNECTS = 30
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 Document = dict[str, Any]
@@ -68,20 +69,73 @@ class ControlPlane:
         return self._pages("/api/v1/models", "after", "name", params)
 
     def model(self, name: str) -> Document:
-        return self._ask("GET", f"/api/v1/models/{quote(name, safe='')}")
+        return self._ask("GET", _model_path(name))
 
-    def describe_model(self, name: str, description: str, revision: int | None = None) -> Document:
-        """With the ``revision`` that was read, an edit that would undo somebody else's is refused (412)."""
-        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
-        path = f"/api/v1/models/{quote(name, safe='')}"
-        return self._ask("PATCH", path, json={"description": description}, headers=headers)
+    def edit_model(self, name: str, revision: int | None = None, **changes: Any) -> Document:
+        """Change ``description`` or ``thresholds``.
+
+        With the ``revision`` that was read, an edit that would undo somebody else's is refused (412).
+        """
+        return self._ask("PATCH", _model_path(name), json=changes, headers=_if_match(revision))
 
     def versions(self, name: str) -> list[Document]:
         """Every version of a model, newest first."""
-        return self._pages(f"/api/v1/models/{quote(name, safe='')}/versions", "before", "version", {})
+        return self._pages(_model_path(name, "versions"), "before", "version", {})
 
     def version(self, name: str, number: int) -> Document:
-        return self._ask("GET", f"/api/v1/models/{quote(name, safe='')}/versions/{number}")
+        return self._ask("GET", _model_path(name, "versions", number))
+
+    def retire_version(self, name: str, number: int) -> Document:
+        """It is never served again."""
+        return self._ask("POST", _model_path(name, "versions", number, "retire"))
+
+    def set_alias(self, name: str, alias: str, version: int, revision: int | None = None) -> Document:
+        body = {"version": version}
+        return self._ask("PUT", _model_path(name, "aliases", alias), json=body, headers=_if_match(revision))
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        self._ask("DELETE", _model_path(name, "aliases", alias))
+
+    def deploy(
+        self,
+        name: str,
+        kind: str,
+        version: int | None = None,
+        *,
+        weight: float | None = None,
+        reason: str | None = None,
+        force: bool = False,
+        revision: int | None = None,
+    ) -> Document:
+        """``kind`` is promote, rollback, canary, abort or withdraw; its ``state`` may still be InProgress.
+
+        With the ``revision`` of the production alias, a deployment that somebody else came before is refused (412).
+        """
+        given = {"version": version, "weight": weight, "reason": reason}
+        body = {"kind": kind, "force": force, **{key: value for key, value in given.items() if value is not None}}
+        return self._ask("POST", _model_path(name, "deployments"), json=body, headers=_if_match(revision))
+
+    def deployment(self, name: str, deployment_id: int) -> Document:
+        return self._ask("GET", _model_path(name, "deployments", deployment_id))
+
+    def deployments(self, name: str, limit: int = 50) -> list[Document]:
+        """The newest ``limit`` deployments."""
+        found: list[Document] = self._ask("GET", _model_path(name, "deployments"), params={"limit": limit})["data"]
+        return found
+
+    def wait_deployment(self, name: str, deployment_id: int, timeout_s: float = 600.0) -> Document:
+        """Return when it is not InProgress any more; raises ApiError after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while (found := self.deployment(name, deployment_id))["state"] == "InProgress":
+            if time.monotonic() > deadline:
+                raise ApiError(f"deployment {deployment_id} is still InProgress after {timeout_s:g} s", 504, "timeout")
+            time.sleep(POLL_S)
+        return found
+
+    def evaluations(self, name: str, version: int | None = None) -> list[Document]:
+        """What was measured of a model's versions, newest first."""
+        params = {} if version is None else {"version": version}
+        return self._pages(_model_path(name, "evaluations"), "before", "id", params)
 
     def job_kinds(self) -> list[Document]:
         """Name, purpose, role, steps and JSON schema of the parameters of every kind."""
@@ -160,13 +214,21 @@ class ControlPlane:
             raise self._unreachable(error) from None
         if response.is_error:
             raise _error(response)
-        document: Document = response.json()
+        document: Document = response.json() if response.content else {}
         return document
 
     def _unreachable(self, error: Exception) -> Unreachable:
         if isinstance(error, Unreachable):
             return error
         return Unreachable(f"no llmos answers at {self._url} ({error}); start it with llmos up", 503, "unreachable")
+
+
+def _model_path(name: str, *parts: str | int) -> str:
+    return "/".join(("/api/v1/models", *(quote(str(part), safe="") for part in (name, *parts))))
+
+
+def _if_match(revision: int | None) -> dict[str, str]:
+    return {} if revision is None else {"If-Match": f'"{revision}"'}
 
 
 def _error(response: httpx.Response) -> ApiError:

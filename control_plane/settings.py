@@ -112,6 +112,9 @@ class Settings:
     probe_timeout_s: float = _setting(
         "LLMOS_PROBE_TIMEOUT_S", _seconds, "10", "a model that does not answer a probe for this long is reloaded"
     )
+    warm_s: float = _setting(
+        "LLMOS_WARM_S", _seconds, "600", "how long a replaced version stays loaded, for a rollback at once"
+    )
     request_timeout_s: float = _setting(
         "LLMOS_REQUEST_TIMEOUT_S", _seconds, "600", "longest time one /v1 request may take"
     )

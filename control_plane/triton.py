@@ -67,6 +67,8 @@ CHANNEL_OPTIONS = (
 )
 
 T = TypeVar("T")
+Engine = tuple[str, int | None]
+"""Whom a request is for: a model of Triton and a version, or its highest loaded one."""
 Event = tuple[int, "GenerateResponse | ControlPlaneError"]
 
 
@@ -83,7 +85,7 @@ class TritonClient:
         self._stub: Any = None
         self._channel: Any = None
         self._streams: set[_Stream] = set()
-        self._checks: dict[str, asyncio.Task[None]] = {}
+        self._checks: dict[Engine, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     def is_live(self) -> bool:
@@ -115,12 +117,12 @@ class TritonClient:
         """Stop accepting requests for a model; running ones finish. An unknown name is no error."""
         self._call("RepositoryModelUnload", service_pb2.RepositoryModelUnloadRequest(model_name=name), timeout_s)
 
-    def probe(self, model: str, timeout_s: float | None = None) -> ProbeResult:
-        """Have the engine compute one token, ahead of its queue.
+    def probe(self, model: str, version: int | None = None, timeout_s: float | None = None) -> ProbeResult:
+        """Have the engine compute one token, ahead of its queue; without a ``version`` that of the highest loaded one.
 
         Raises ServingError, ModelNotReady, NotFound, RequestTimeout or TritonUnavailable.
         """
-        return self._run(self._probe(model, timeout_s or self._probe_timeout_s))
+        return self._run(self._probe((model, version), timeout_s or self._probe_timeout_s))
 
     def generate(self, call: GenerateCall, timeout_s: float) -> GenerateResponse:
         """The whole answer at once; ``call.stream`` must be false."""
@@ -145,7 +147,7 @@ class TritonClient:
         """
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         loop = self._started_loop()
-        streams = [_Stream(call.model, position, inbox) for position, call in enumerate(calls)]
+        streams = [_Stream((call.model, call.version), position, inbox) for position, call in enumerate(calls)]
         try:
             for stream, call in zip(streams, calls, strict=True):
                 loop.call_soon_threadsafe(self._open, stream, infer_request(call), timeout_s)
@@ -202,8 +204,8 @@ class TritonClient:
         reply = await self._unary("RepositoryIndex", service_pb2.RepositoryIndexRequest(), CONTROL_TIMEOUT_S)
         return [IndexEntry(entry.name, entry.version, entry.state, entry.reason) for entry in reply.models]
 
-    async def _probe(self, model: str, timeout_s: float) -> ProbeResult:
-        call = GenerateCall(model, input_ids=(0,), sampling={"max_tokens": 1}, health_probe=True)
+    async def _probe(self, engine: Engine, timeout_s: float) -> ProbeResult:
+        call = GenerateCall(*engine, input_ids=(0,), sampling={"max_tokens": 1}, health_probe=True)
         sent_at = time.monotonic()
         metrics: dict[str, Any] = {}
         async for response in self._responses(infer_request(call), timeout_s):
@@ -245,7 +247,7 @@ class TritonClient:
             stream.deliver(error)
         except Exception as error:
             # Whatever it was, the thread that waits for this stream must hear of it.
-            stream.deliver(ServingError(f"reading the answer of model {stream.model!r} failed: {error!r}"))
+            stream.deliver(ServingError(f"reading the answer of model {stream.engine[0]!r} failed: {error!r}"))
         finally:
             self._streams.discard(stream)
 
@@ -253,20 +255,20 @@ class TritonClient:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = time.monotonic()
-            for model in {stream.model for stream in self._streams if now - stream.last_seen >= SILENCE_S}:
-                if model not in self._checks:
-                    self._checks[model] = asyncio.create_task(self._check(model))
-                    self._checks[model].add_done_callback(partial(self._forget_check, model))
+            for engine in {stream.engine for stream in self._streams if now - stream.last_seen >= SILENCE_S}:
+                if engine not in self._checks:
+                    self._checks[engine] = asyncio.create_task(self._check(engine))
+                    self._checks[engine].add_done_callback(partial(self._forget_check, engine))
 
-    def _forget_check(self, model: str, _: asyncio.Task[None]) -> None:
-        self._checks.pop(model, None)
+    def _forget_check(self, engine: Engine, _: asyncio.Task[None]) -> None:
+        self._checks.pop(engine, None)
 
-    async def _check(self, model: str) -> None:
-        """Probe ``model`` and fail its silent streams that can get no answer any more."""
+    async def _check(self, engine: Engine) -> None:
+        """Probe an engine and fail its silent streams that can get no answer any more."""
         sent_at = time.monotonic()
-        silent = [s for s in self._streams if s.model == model and sent_at - s.last_seen >= SILENCE_S]
+        silent = [s for s in self._streams if s.engine == engine and sent_at - s.last_seen >= SILENCE_S]
         try:
-            engine_started_at = sent_at - (await self._probe(model, self._probe_timeout_s)).engine_uptime_s
+            engine_started_at = sent_at - (await self._probe(engine, self._probe_timeout_s)).engine_uptime_s
             lost = [stream for stream in silent if stream.opened_at < engine_started_at]
             reason = "its process was replaced while the answer was being made"
         except (BadRequest, Overloaded):
@@ -274,24 +276,26 @@ class TritonClient:
         except ControlPlaneError as error:
             lost, reason = silent, f"its health probe failed: {error}"
         lost = [stream for stream in lost if stream.last_seen < sent_at and not stream.is_closed]
-        if lost and not await self._is_draining(model):
+        if lost and not await self._is_draining(engine):
             for stream in lost:
-                stream.fail(ServingError(f"model {model!r} lost this request: {reason}; send it again"))
+                stream.fail(ServingError(f"model {engine[0]!r} lost this request: {reason}; send it again"))
 
-    async def _is_draining(self, model: str) -> bool:
-        """Whether an older version is finishing its requests: probes go to the new one and say nothing about it."""
+    async def _is_draining(self, engine: Engine) -> bool:
+        """Whether a version is finishing its requests before it is unloaded: it takes no probes any more."""
+        model, version = engine
         try:
             index = await self._repository_index()
         except ControlPlaneError:
             return False
-        return any(entry.name == model and entry.state == "UNLOADING" for entry in index)
+        states = [e.state for e in index if e.name == model and version in (None, e.version_number)]
+        return "UNLOADING" in states
 
 
 @dataclass(eq=False)
 class _Stream:
     """One request on its way. Owned by the loop thread; ``inbox`` belongs to the thread that reads the answer."""
 
-    model: str
+    engine: Engine
     position: int
     inbox: queue.SimpleQueue[Event]
     opened_at: float = field(default_factory=time.monotonic)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
-from control_plane.errors import ClientGone, ControlPlaneError, NotFound, TritonUnavailable
+from control_plane.errors import ClientGone, ControlPlaneError, ModelNotReady, NotFound, TritonUnavailable
 from control_plane.triton import TritonClient
 from control_plane.triton_wire import GenerateCall, IndexEntry, ProbeResult
 from triton_backend.protocol import GenerateResponse, SequenceOutput, TokenLogprob
@@ -18,11 +18,16 @@ Script = Callable[[GenerateCall], Iterable[GenerateResponse]]
 
 
 class FakeTriton(TritonClient):
-    """``models`` maps a model's name to its script. Set ``is_running`` or ``probe_error`` to break things."""
+    """``models`` maps a model's name to its script, ``versions`` to those that are loaded: version 1 if not said.
 
-    def __init__(self, models: Mapping[str, Script]) -> None:
+    Set ``is_running`` or ``probe_error`` to break things, ``digests`` to what probes find.
+    """
+
+    def __init__(self, models: Mapping[str, Script], versions: Mapping[str, Sequence[int]] | None = None) -> None:
         super().__init__("fake")
         self.models = dict(models)
+        self.versions = {name: list(numbers) for name, numbers in (versions or {}).items()}
+        self.digests: dict[tuple[str, int | None], str] = {}
         self.is_running = True
         self.probe_error: ControlPlaneError | None = None
         self.calls: list[GenerateCall] = []
@@ -38,7 +43,11 @@ class FakeTriton(TritonClient):
 
     def repository_index(self) -> list[IndexEntry]:
         self._require_running()
-        return [IndexEntry(name, "1", "READY", "") for name in self.models]
+        return [
+            IndexEntry(name, str(version), "READY", "")
+            for name in self.models
+            for version in self.versions.get(name, [1])
+        ]
 
     def load(self, name: str, timeout_s: float = 1.0) -> None:
         self._require_running()
@@ -48,13 +57,13 @@ class FakeTriton(TritonClient):
         self._require_running()
         self.models.pop(name, None)
 
-    def probe(self, model: str, timeout_s: float | None = None) -> ProbeResult:
+    def probe(self, model: str, version: int | None = None, timeout_s: float | None = None) -> ProbeResult:
         self._require_running()
-        self._script(model)
+        self._script(model, version)
         self.num_probes += 1
         if self.probe_error is not None:
             raise self.probe_error
-        return ProbeResult(latency_s=0.002, engine_uptime_s=60.0, digest="fake")
+        return ProbeResult(latency_s=0.002, engine_uptime_s=60.0, digest=self.digests.get((model, version), "fake"))
 
     def generate_many(
         self, calls: Sequence[GenerateCall], timeout_s: float, is_abandoned: Callable[[], bool] | None = None
@@ -64,7 +73,7 @@ class FakeTriton(TritonClient):
         is_finished = False
         try:
             for position, call in enumerate(calls):
-                for response in self._script(call.model)(call):
+                for response in self._script(call.model, call.version)(call):
                     if is_abandoned is not None and is_abandoned():
                         raise ClientGone("the client hung up before its answer was complete")
                     yield position, response
@@ -79,9 +88,11 @@ class FakeTriton(TritonClient):
         if not self.is_running:
             raise TritonUnavailable("Triton at fake does not answer")
 
-    def _script(self, model: str) -> Script:
+    def _script(self, model: str, version: int | None) -> Script:
         if model not in self.models:
             raise NotFound(f"Request for unknown model: '{model}' is not found")
+        if version is not None and version not in self.versions.get(model, [1]):
+            raise ModelNotReady(f"Request for unknown model: '{model}' version {version} is not at ready state")
         return self.models[model]
 
 

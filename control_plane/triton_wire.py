@@ -46,6 +46,11 @@ class IndexEntry:
     def is_ready(self) -> bool:
         return self.state == "READY"
 
+    @property
+    def version_number(self) -> int:
+        """0 for a model that was never loaded."""
+        return int(self.version or 0)
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -58,9 +63,13 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One validated request. ``sampling`` holds only what the client named: else the model's own defaults apply."""
+    """One validated request. ``sampling`` holds only what the client named: else the model's own defaults apply.
+
+    ``model`` is a model of Triton; without a ``version`` its highest loaded one answers.
+    """
 
     model: str
+    version: int | None = None
     text: str | None = None
     input_ids: tuple[int, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +82,8 @@ class GenerateCall:
 
 def infer_request(call: GenerateCall) -> service_pb2.ModelInferRequest:
     """The only place where a request to a model is built."""
-    request = service_pb2.ModelInferRequest(model_name=call.model, id=call.request_id)
+    version = "" if call.version is None else str(call.version)
+    request = service_pb2.ModelInferRequest(model_name=call.model, model_version=version, id=call.request_id)
     # Without it, a request that ends with no data would end with no message at all.
     request.parameters["triton_enable_empty_final_response"].bool_param = True
     if call.text is not None:

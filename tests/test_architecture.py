@@ -30,7 +30,7 @@ RANKS = (
     {"training"},
     {"gateway", "web", "job_kinds"},
     {"__init__"},
-    {"wsgi", "worker"},
+    {"wsgi", "worker", "reconciler"},
     {"launcher"},
     {"commands"},
     {"cli"},

@@ -54,7 +54,6 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self._engine.stop()
         self._responder.stop()
-        self._metrics.close()
 
     def _parse(self, request: Any) -> GenerateRequest:
         tensors = {}
@@ -126,7 +125,11 @@ class Responder:
 
 
 class TritonMetrics:
-    """Publishes engine metrics on Triton's Prometheus endpoint."""
+    """Publishes engine metrics on Triton's Prometheus endpoint.
+
+    Nothing is ever deleted: the process that replaces this one while it drains has the same series, and deleting them
+    under it makes Triton write into freed memory. A counter simply goes on when its version is loaded again.
+    """
 
     def __init__(self, model: str, version: str) -> None:
         self._families: dict[str, Any] = {}
@@ -150,8 +153,3 @@ class TritonMetrics:
             series.set(value)
         else:
             series.observe(value)
-
-    def close(self) -> None:
-        """Series outlive an unloaded model unless metrics go before their families."""
-        self._series.clear()
-        self._families.clear()

@@ -116,4 +116,4 @@ def _install(version: Path, repository: Path, engine: dict[str, Any]) -> None:
     manifest = version_folder.read_manifest(target)
     (target / version_folder.MANIFEST_JSON).unlink()
     version_folder.seal(target, manifest["source"], manifest["environment"])
-    model_directory.write_config(repository, MODEL)
+    model_directory.write_config(repository, MODEL, [VERSION])

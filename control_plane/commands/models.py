@@ -9,6 +9,7 @@ import typer
 from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
 
 models = typer.Typer(help="Models and their versions.", no_args_is_help=True)
+HISTORY = 20
 
 
 @models.command("list")
@@ -29,18 +30,25 @@ def list_models(
 
 @models.command()
 def show(name: Annotated[str, typer.Argument(help="A model.")], as_json: AsJson = False) -> None:
-    """A model, its versions, their proofs and states."""
+    """A model: its versions, their aliases, states and proofs, and the history of what was served."""
     with connected() as llmos:
-        model, versions = llmos.model(name), llmos.versions(name)
+        model, versions, history = llmos.model(name), llmos.versions(name), llmos.deployments(name, HISTORY)
     if as_json:
-        return print_json({**model, "versions": versions})
+        return print_json({**model, "versions": versions, "deployments": history})
     typer.echo(f"{name}: {model['description']}" if model["description"] else name)
     rows = [
-        [*_version_cells(version), _state(version["serving"]), version["digest"][:12], _proof(version)]
+        [*_version_cells(version), _aliases(model, version), _state(version), version["digest"][:12], _proof(version)]
         for version in versions
     ]
-    columns = ["version", "precision", "proven", "MiB", "created", "serving", "digest", "certificate"]
+    columns = ["version", "precision", "proven", "MiB", "created", "aliases", "serving", "digest", "certificate"]
     print_table(columns, rows)
+    if model["thresholds"]:
+        limits = model["thresholds"].items()
+        print_table(["metric", "limit"], [[metric, _limit(found)] for metric, found in limits])
+    if history:
+        typer.echo("history, newest first")
+        columns = ["when", "who", "what", "version", "before", "state", "why"]
+        print_table(columns, [_deployment_cells(deployment) for deployment in history])
 
 
 @models.command()
@@ -50,7 +58,56 @@ def describe(
 ) -> None:
     """Change what is said about a model."""
     with connected() as llmos:
-        llmos.describe_model(name, description)
+        llmos.edit_model(name, description=description)
+
+
+@models.command()
+def alias(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    alias_name: Annotated[str, typer.Argument(metavar="ALIAS", help="A name of your own, for example stable.")],
+    version: Annotated[int | None, typer.Argument(help="The version it points to; left out, it is removed.")] = None,
+) -> None:
+    """Point an alias to a version, or remove it; requests for MODEL@ALIAS go there while it is loaded."""
+    with connected() as llmos:
+        if version is None:
+            llmos.delete_alias(name, alias_name)
+        else:
+            llmos.set_alias(name, alias_name, version)
+
+
+@models.command()
+def threshold(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    metric: Annotated[str, typer.Argument(help="SUITE.METRIC, as llmos models evaluations shows them.")],
+    least: Annotated[float | None, typer.Option("--min", help="At least so much.")] = None,
+    most: Annotated[float | None, typer.Option("--max", help="At most so much.")] = None,
+) -> None:
+    """Say what a version must reach before it may be served; without --min and --max the limit is removed."""
+    given = {key: value for key, value in (("min", least), ("max", most)) if value is not None}
+    with connected() as llmos:
+        model = llmos.model(name)
+        thresholds = {other: limits for other, limits in model["thresholds"].items() if other != metric}
+        thresholds |= {metric: given} if given else {}
+        llmos.edit_model(name, model["revision"], thresholds=thresholds)
+
+
+@models.command()
+def evaluations(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    version: Annotated[int | None, typer.Option(help="Of this version only.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What was measured of a model's versions, newest first."""
+    with connected() as llmos:
+        found = llmos.evaluations(name, version)
+    if as_json:
+        return print_json(found)
+    rows = [
+        [str(each["version"]), each["suite"], metric, f"{value:g}", each["created_at"][:19]]
+        for each in found
+        for metric, value in each["metrics"].items()
+    ]
+    print_table(["version", "suite", "metric", "value", "when"], rows)
 
 
 def publish(
@@ -82,11 +139,41 @@ def _version_cells(version: dict[str, Any] | None) -> list[str]:
 
 
 def _served(serving: dict[str, Any] | None) -> str:
-    return f"{serving['version']}: {_state(serving)}" if serving else ""
+    return f"{serving['version']}: {_serving_state(serving)}" if serving else ""
 
 
-def _state(serving: dict[str, Any] | None) -> str:
-    return "" if serving is None else ": ".join(filter(None, (serving["state"], serving["message"])))
+def _state(version: dict[str, Any]) -> str:
+    return "Retired" if version["retired_at"] else _serving_state(version["serving"])
+
+
+def _serving_state(serving: dict[str, Any]) -> str:
+    return ": ".join(filter(None, (serving["state"], serving["message"])))
+
+
+def _aliases(model: dict[str, Any], version: dict[str, Any]) -> str:
+    found = [alias for alias in model["aliases"] if alias["version"] == version["version"]]
+    return ", ".join(a["name"] + ("" if a["weight"] is None else f" {a['weight']:g} %") for a in found)
+
+
+def _limit(limits: dict[str, float]) -> str:
+    words = {"min": "at least", "max": "at most"}
+    return ", ".join(f"{words[name]} {value:g}" for name, value in limits.items() if value is not None)
+
+
+def _deployment_cells(deployment: dict[str, Any]) -> list[str]:
+    weight = "" if deployment["weight"] is None else f" {deployment['weight']:g} %"
+    failure = deployment["failure"] or {}
+    forced = f"forced: {'; '.join(deployment['overridden'])}" if deployment["overridden"] else None
+    why = ". ".join(filter(None, (deployment["reason"], forced, failure.get("message"))))
+    return [
+        deployment["created_at"][:19],
+        deployment["created_by"],
+        deployment["kind"] + weight,
+        str(deployment["version"]),
+        str(deployment["previous_version"] or ""),
+        deployment["state"],
+        why,
+    ]
 
 
 def _proof(version: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ from triton_backend.sampling_params import ALIASES, FIELDS, OTHER_PARAMETERS, UN
 
 MAX_PROMPTS = 256
 MAX_TOKEN_ID = 2**31 - 1
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
+"""A model, or one of its aliases or versions: chat, chat@canary, chat@3."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None, True),
@@ -77,6 +78,7 @@ class CompletionRequest(BaseModel):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     return_token_ids: bool | None = None
+    user: str | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -8,22 +8,28 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound
+from control_plane.errors import ModelNotReady, NotFound
 from control_plane.gateway.openai_format import Choice, Usage
 from control_plane.gateway.schemas import CompletionRequest
-from control_plane.registry.model_directory import InstalledModel, installed_models
+from control_plane.registry.model_directory import folder_of
+from control_plane.registry.routing import Route, Router
 from control_plane.settings import Settings
 from control_plane.triton import GenerateCall, TritonClient
 from triton_backend.protocol import GenerateResponse
 from triton_backend.sampling_params import SamplingParams
+from triton_backend.version_folder import MANIFEST_JSON
 
 
 class Completion:
-    """One request being answered, by ``whole`` or by ``chunks``. Owned by the thread that serves it."""
+    """One request being answered, by ``whole`` or by ``chunks``. Owned by the thread that serves it.
+
+    ``route`` says which version answers, as soon as there is a first response.
+    """
 
     def __init__(
         self,
         triton: TritonClient,
+        router: Router,
         settings: Settings,
         request: CompletionRequest,
         params: SamplingParams,
@@ -31,7 +37,9 @@ class Completion:
     ) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self.route: Route | None = None
         self._triton = triton
+        self._router = router
         self._settings = settings
         self._request = request
         self._is_abandoned = is_abandoned
@@ -69,9 +77,28 @@ class Completion:
                     yield choice
 
     def _responses(self, stream: bool) -> Iterator[tuple[int, GenerateResponse]]:
+        """Responses by the position of their prompt. A version that was unloaded just now is looked for once more."""
+        name, affinity = self._request.model, self._request.user
+        self.route = self._router.route(name, affinity)
+        has_begun = False
+        try:
+            for item in self._responses_of(self.route, stream):
+                has_begun = True
+                yield item
+        except (NotFound, ModelNotReady):
+            if has_begun:
+                raise
+            self.route = self._router.route(name, affinity, max_age_s=0)
+            try:
+                yield from self._responses_of(self.route, stream)
+            except NotFound as error:
+                # The model does exist; it is Triton that does not have it at this moment.
+                raise ModelNotReady(f"model {name!r} is being loaded again ({error}); try again") from None
+
+    def _responses_of(self, route: Route, stream: bool) -> Iterator[tuple[int, GenerateResponse]]:
         calls = [
             GenerateCall(
-                model=self._request.model,
+                *route.place,
                 text=prompt.text,
                 input_ids=prompt.token_ids,
                 sampling=self._request.sampling,
@@ -81,13 +108,9 @@ class Completion:
             )
             for index, prompt in enumerate(self._request.prompt)
         ]
-        try:
-            with closing(
-                self._triton.generate_many(calls, self._settings.request_timeout_s, self._is_abandoned)
-            ) as responses:
-                yield from responses
-        except NotFound:
-            raise missing_model(self._triton, self._settings, self._request.model) from None
+        timeout_s = self._settings.request_timeout_s
+        with closing(self._triton.generate_many(calls, timeout_s, self._is_abandoned)) as responses:
+            yield from responses
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         document = choice.take()
@@ -111,33 +134,24 @@ class Completion:
         return document
 
 
-def served_models(triton: TritonClient, settings: Settings) -> list[dict[str, Any]]:
-    """OpenAI's model objects of everything that Triton has ready."""
-    ready = {entry.name for entry in triton.repository_index() if entry.is_ready}
-    installed = {model.name: model for model in installed_models(settings.model_repository)}
-    return [_model_object(name, installed.get(name)) for name in sorted(ready)]
+def served_models(router: Router, settings: Settings) -> list[dict[str, Any]]:
+    """OpenAI's model objects of everything whose production version is loaded."""
+    return [_model_object(route, settings) for route in router.served()]
 
 
-def served_model(triton: TritonClient, settings: Settings, name: str) -> dict[str, Any]:
-    for model in served_models(triton, settings):
-        if model["id"] == name:
-            return model
-    raise missing_model(triton, settings, name)
+def served_model(router: Router, settings: Settings, name: str) -> dict[str, Any]:
+    """Raises NotFound or ModelNotReady."""
+    return {**_model_object(router.route(name), settings), "id": name}
 
 
-def missing_model(triton: TritonClient, settings: Settings, name: str) -> ControlPlaneError:
-    """Why Triton does not serve ``name``: not installed at all, or installed and not ready, with Triton's reason."""
-    if name not in {model.name for model in installed_models(settings.model_repository)}:
-        return NotFound(f"model {name!r:.200} does not exist; GET /v1/models lists those that do")
-    reasons = [entry.reason or entry.state for entry in triton.repository_index() if entry.name == name]
-    reason = next((reason for reason in reasons if reason), "it is not loaded yet")
-    return ModelNotReady(f"model {name!r} is installed but not ready: {reason}")
-
-
-def _model_object(name: str, model: InstalledModel | None) -> dict[str, Any]:
-    created = int((model.folder / "manifest.json").stat().st_mtime) if _is_sealed(model) and model else 0
-    return {"id": name, "object": "model", "created": created, "owned_by": "llmos", "root": name, "parent": None}
-
-
-def _is_sealed(model: InstalledModel | None) -> bool:
-    return model is not None and (model.folder / "manifest.json").is_file()
+def _model_object(route: Route, settings: Settings) -> dict[str, Any]:
+    manifest = folder_of(settings.model_repository, route.place) / MANIFEST_JSON
+    created = int(manifest.stat().st_mtime) if manifest.is_file() else 0
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "llmos",
+        "root": f"{route.name}@{route.version}",
+        "parent": None,
+    }

@@ -17,31 +17,34 @@ from control_plane.auth.services import require_key
 from control_plane.errors import ClientGone, ControlPlaneError, Overloaded
 from control_plane.gateway.schemas import parse_completion
 from control_plane.gateway.services import Completion, served_model, served_models
+from control_plane.registry.routing import Router
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
 from control_plane.triton import TritonClient
 
 gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
+VERSION_HEADER = "X-Model-Version"
 log = structlog.get_logger(__name__)
 
 
 @gateway.get("/models")
 @require_key("viewer")
 def list_models() -> dict[str, Any]:
-    return {"object": "list", "data": served_models(_triton(), _settings())}
+    return {"object": "list", "data": served_models(_router(), _settings())}
 
 
 @gateway.get("/models/<name>")
 @require_key("viewer")
 def get_model(name: str) -> dict[str, Any]:
-    return served_model(_triton(), _settings(), name)
+    return served_model(_router(), _settings(), name)
 
 
 @gateway.post("/completions")
 @require_key("developer")
 def create_completion() -> Response:
     body, params = parse_completion(read_body())
-    completion = Completion(_triton(), _settings(), body, params, _hung_up(request.environ.get("gunicorn.socket")))
+    is_abandoned = _hung_up(request.environ.get("gunicorn.socket"))
+    completion = Completion(_triton(), _router(), _settings(), body, params, is_abandoned)
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
@@ -51,6 +54,8 @@ def create_completion() -> Response:
         slots.release()
         raise
     response.call_on_close(slots.release)
+    if completion.route is not None:
+        response.headers[VERSION_HEADER] = str(completion.route.version)
     return response
 
 
@@ -95,6 +100,10 @@ def _hung_up(connection: socket.socket | None) -> Callable[[], bool]:
 
 def _triton() -> TritonClient:
     return current_app.extensions["triton"]
+
+
+def _router() -> Router:
+    return current_app.extensions["router"]
 
 
 def _settings() -> Settings:

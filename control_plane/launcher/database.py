@@ -22,13 +22,15 @@ def upgrade(settings: Settings) -> None:
     upgrade_database(settings)
 
 
-def register_installed(settings: Settings) -> None:
-    """Take the installed versions into the registry that it does not know."""
+def register_installed(settings: Settings) -> list[str]:
+    """Take installed versions into the registry that it does not know; the models that have a production version."""
     from control_plane.artifacts import artifact_store
-    from control_plane.registry.services import adopt_installed
+    from control_plane.registry.adoption import adopt_installed
+    from control_plane.registry.deployments import served_models
 
     with _application(settings):
         adopt_installed(settings, artifact_store(settings))
+        return served_models()
 
 
 def create_first_key(settings: Settings) -> str | None:

@@ -15,29 +15,16 @@ from pathlib import Path
 
 from control_plane.launcher.console import Screen
 from control_plane.launcher.processes import child_environment
-from control_plane.registry.model_directory import (
-    InstalledModel,
-    install,
-    installed_models,
-    is_sealed,
-    refresh_configs,
-)
+from control_plane.registry.model_directory import InstalledModel, install, is_sealed, remove_version
+from control_plane.registry.places import Place
 from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.subprocesses import run_child
 
 FIRST_VERSION = 1
 
 
-def ensure_a_model(settings: Settings, screen: Screen) -> InstalledModel:
-    """Return a model to serve, the starter if it is there; makes it if nothing is installed. Raises ChildFailed."""
-    refresh_configs(settings.model_repository)
-    models = installed_models(settings.model_repository)
-    if not models:
-        models = [_make(settings, screen)]
-    return next((model for model in models if model.name == settings.starter_model), models[0])
-
-
-def _make(settings: Settings, screen: Screen) -> InstalledModel:
+def make_starter(settings: Settings, screen: Screen) -> InstalledModel:
+    """Train, export and install the starter, from wherever an earlier start came to. Raises ChildFailed."""
     name = settings.starter_model
     checkpoint = settings.checkpoints_dir / name
     if not (checkpoint / "config.json").is_file():
@@ -48,6 +35,8 @@ def _make(settings: Settings, screen: Screen) -> InstalledModel:
         export = (sys.executable, "-m", "exporters", str(checkpoint))
         _run(settings, screen, f"export {name} to ONNX and prove it equal", export, version_folder)
     with screen.step(f"install {name} version {FIRST_VERSION}"):
+        # Whatever lies there was not complete.
+        remove_version(settings.model_repository, Place(name, FIRST_VERSION))
         return install(version_folder, settings.model_repository, name, FIRST_VERSION)
 
 

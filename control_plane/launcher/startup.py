@@ -110,13 +110,20 @@ def _prepare(settings: Settings, screen: Screen) -> str:
     triton_server.install(settings)
     preflight.check_stub(settings)
     screen.done("Triton is installed", started_at)
-    model = starter.ensure_a_model(settings, screen)
-    screen.done(f"model {model.name} version {model.version} is installed")
     with screen.step("bring the database up to date"):
         database.upgrade(settings)
+    served = _register(settings, screen)
+    if not served:
+        starter.make_starter(settings, screen)
+        served = _register(settings, screen)
+    if not served:
+        raise ControlPlaneError(f"what lies in {settings.model_repository} cannot be registered; see the lines above")
+    return settings.starter_model if settings.starter_model in served else served[0]
+
+
+def _register(settings: Settings, screen: Screen) -> list[str]:
     with screen.step("register what is installed"):
-        database.register_installed(settings)
-    return model.name
+        return database.register_installed(settings)
 
 
 def _welcome(settings: Settings, screen: Screen, model: str) -> None:

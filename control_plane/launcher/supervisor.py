@@ -71,7 +71,7 @@ def programs(settings: Settings) -> list[Program]:
     listed = [
         # A model process that gets a SIGTERM of its own sometimes no longer hears Triton, which then waits for nothing.
         Program("triton", (python, "-m", "control_plane.launcher.run_triton"), 20, stop_wait_s=20, stop_group=False),
-        Program("reconciler", (python, "-m", "control_plane.registry.reconciler"), 30),
+        Program("reconciler", (python, "-m", "control_plane.reconciler"), 30),
         # One for what is light, so that it never waits for what is heavy.
         Program("worker", (*celery, "--concurrency=4", "--queues=default", "--hostname=light@%h"), 40, stop_wait_s=15),
         Program("worker-heavy", (*celery, "--concurrency=1", "--queues=cpu,gpu", "--hostname=heavy@%h"), 40, 15),

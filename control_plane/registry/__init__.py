@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 
 def init_app(app: Flask) -> None:
+    from control_plane.registry.routing import Router
     from control_plane.registry.views import models
 
+    app.extensions["router"] = Router(app)
     app.register_blueprint(models)

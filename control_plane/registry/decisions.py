@@ -1,11 +1,12 @@
-"""What to do about the models, decided from what should be and what is. Pure: no clock, no Triton, no files.
+"""What to do about the versions, decided from what should be and what is. Pure: no clock, no Triton, no files.
 
-    desired (installed models) ─┐
-    index (Triton's states) ────┼─► observe ─► decide ─► actions ─► outcomes ─► record ─┐
-    records (what was done) ◄───┴───────────────────────────────────────────────────────┘
+    desired (registry.desired) ─────┐
+    index (Triton's states) ────────┼─► observe ─► decide ─► actions ─► outcomes ─► record ─┐
+    records (what was done) ◄───────┴───────────────────────────────────────────────────────┘
 
-A model is worked on by one action at a time; while one runs its record is ``busy``. What failed is tried again with a
-growing pause, until the files change or the model stays alive for a while.
+A place is worked on by one action at a time; while one runs its record is ``busy``. Loading and unloading rewrite the
+configuration of a Triton model, so only one of these runs per model. What failed is tried again with a growing pause,
+until the files change or the version stays alive for a while.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from control_plane.registry.places import Place
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, LOADING, PENDING
 
 MAX_PAUSE_S = 300.0
 FIRST_PAUSE_S = 5.0
 STABLE_S = 60.0
-"""A model that has been alive for this long is forgiven its failures."""
+"""A version that has been alive for this long is forgiven its failures."""
 UNREACHABLE_S = 60.0
 """Triton is restarted when it has not answered for this long."""
 
 
 @dataclass(frozen=True)
 class Desired:
-    """One model that should be served. A load that takes longer than ``load_limit_s`` is stuck."""
+    """One version that should be loaded. ``fingerprint`` is 0 as long as it is not installed.
 
-    version: int
+    A load that takes longer than ``load_limit_s`` is stuck. ``digest`` is empty for one whose digest is of no interest.
+    """
+
+    digest: str
     fingerprint: int
     load_limit_s: float
 
@@ -40,14 +45,22 @@ class Verb(Enum):
     UNLOAD = "unload"
     RESTART_TRITON = "restart_triton"
 
+    @property
+    def changes_model(self) -> bool:
+        return self in (Verb.LOAD, Verb.RELOAD, Verb.UNLOAD)
+
 
 @dataclass(frozen=True)
 class Action:
-    """``model`` is None for a restart because Triton itself does not answer; ``is_alone``: no other model is served."""
+    """``place`` is None for a restart because Triton itself does not answer.
+
+    ``keep`` are the other versions of the same Triton model, which stay loaded; ``is_alone``: nothing else is served.
+    """
 
     verb: Verb
-    model: str | None
-    version: int = 0
+    place: Place | None
+    digest: str = ""
+    keep: tuple[int, ...] = ()
     load_limit_s: float = 0.0
     is_alone: bool = False
 
@@ -58,7 +71,7 @@ class Verdict(Enum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     UNKNOWN = "unknown"
-    """Triton was away; this says nothing about the model."""
+    """Triton was away; this says nothing about the version."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +84,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that is remembered about one model. Times are seconds of one monotonic clock."""
+    """Everything that is remembered about one place. Times are seconds of one monotonic clock."""
 
-    version: int
-    fingerprint: int
+    digest: str = ""
+    fingerprint: int = 0
     state: str = PENDING
     since: float = 0.0
     reason: str | None = None
@@ -84,35 +97,48 @@ class Record:
     probed_at: float = float("-inf")
     is_lost: bool = False
     """Triton calls it ready, but a probe said otherwise."""
+    loading_since: float | None = None
+    """Triton loads it without having been told to by us: another load was begun, or files changed in its model."""
     busy: Verb | None = None
     busy_since: float = 0.0
 
 
-Records = Mapping[str, Record]
-Index = Mapping[tuple[str, int], str]
+Records = Mapping[Place, Record]
+Index = Mapping[Place, str]
 
 
-def observe(desired: Mapping[str, Desired], index: Index | None, records: Records, now: float) -> dict[str, Record]:
-    """Take in what changed without us: new and changed files, a server that went away, a load that somebody began."""
-    observed = {name: record for name, record in records.items() if name not in desired}
-    for name, wanted in desired.items():
-        record = records.get(name) or Record(wanted.version, wanted.fingerprint, since=now)
-        if (record.version, record.fingerprint) != (wanted.version, wanted.fingerprint) and record.busy is None:
-            # Changed files are worth a try at once; a loaded model is left alone unless its version changed.
-            record = replace(record, fingerprint=wanted.fingerprint, num_failures=0, retry_at=now)
-            if record.version != wanted.version:
-                record = Record(wanted.version, wanted.fingerprint, since=now)
-        triton_state = None if index is None else index.get((name, wanted.version))
+def loaded_places(index: Index | None, records: Records) -> set[Place]:
+    """What Triton has ready and what was looked at, if it is known at all."""
+    ready = {place for place, state in (index or {}).items() if state == "READY"}
+    return {place for place in ready if place not in records or _is_loaded(records[place])}
+
+
+def observe(desired: Mapping[Place, Desired], index: Index | None, records: Records, now: float) -> dict[Place, Record]:
+    """Take in what changed without us: new wishes, changed files, a server that went away, a load somebody began."""
+    observed = {}
+    for place, wanted in desired.items():
+        record = records.get(place) or Record(wanted.digest, wanted.fingerprint, since=now)
+        if record.busy is None:
+            record = _compare(record, wanted, now)
+        triton_state = None if index is None else index.get(place)
         if index is None and record.state == LOADED:
             record = _enter(record, PENDING, now, "RuntimeUnhealthy", "Triton does not answer")
-        elif triton_state == "LOADING" and record.busy is None and record.state != LOADING:
+        elif triton_state == "LOADING" and record.busy is None and record.state != LOADED:
+            # One that was loaded answers on while Triton loads it anew.
             record = _enter(record, LOADING, now)
-        observed[name] = replace(record, is_lost=record.is_lost and triton_state == "READY")
+        is_loading = triton_state == "LOADING" and record.busy is None
+        loading_since = (record.loading_since or now) if is_loading else None
+        is_lost = record.is_lost and triton_state == "READY"
+        observed[place] = replace(record, loading_since=loading_since, is_lost=is_lost)
+    # What is not wanted is remembered for as long as it is loaded.
+    ready = [place for place, state in (index or {}).items() if state == "READY"]
+    for place in {*ready, *(place for place, record in records.items() if record.busy)} - desired.keys():
+        observed[place] = records.get(place, Record(since=now))
     return observed
 
 
 def decide(
-    desired: Mapping[str, Desired],
+    desired: Mapping[Place, Desired],
     index: Index | None,
     records: Records,
     now: float,
@@ -123,60 +149,84 @@ def decide(
     if index is None:
         is_hung = unreachable_since is not None and now - unreachable_since > UNREACHABLE_S
         return [Action(Verb.RESTART_TRITON, None)] if is_hung else []
+    changing = {place.model for place, record in records.items() if record.busy and record.busy.changes_model}
     actions = []
-    for name, wanted in desired.items():
-        triton_state, is_alone = index.get((name, wanted.version)), len(records) == 1
-        action = _decide_model(name, wanted, triton_state, records[name], now, probe_interval_s, is_alone)
-        if action is not None:
-            actions.append(action)
-    gone = [name for name, record in records.items() if name not in desired and record.busy is None]
-    return actions + [Action(Verb.UNLOAD, name, records[name].version) for name in gone]
+    for place in [*(records.keys() - desired.keys()), *desired]:
+        record = records[place]
+        if place in desired:
+            verb = _decide_place(desired[place], index.get(place), record, now, probe_interval_s)
+        else:
+            verb = None if record.busy or now < record.retry_at else Verb.UNLOAD
+        if verb is None or (verb.changes_model and place.model in changing):
+            continue
+        if verb.changes_model:
+            changing.add(place.model)
+        keep = _others(place, index, records)
+        if place not in desired:
+            actions.append(Action(verb, place, keep=keep))
+            continue
+        wanted = desired[place]
+        actions.append(Action(verb, place, wanted.digest, keep, wanted.load_limit_s, is_alone=len(records) == 1))
+    return actions
 
 
-def _decide_model(
-    name: str,
-    wanted: Desired,
-    triton_state: str | None,
-    record: Record,
-    now: float,
-    probe_interval_s: float,
-    is_alone: bool,
-) -> Action | None:
-    is_loading = record.busy in (Verb.LOAD, Verb.RELOAD) or (record.busy is None and triton_state == "LOADING")
-    if is_loading:
-        loading_since = record.busy_since if record.busy else record.since
-        is_stuck = now - loading_since > wanted.load_limit_s
-        return Action(Verb.RESTART_TRITON, name, wanted.version) if is_stuck else None
+def _is_loaded(record: Record) -> bool:
+    return record.state == LOADED and not record.is_lost
+
+
+def _compare(record: Record, wanted: Desired, now: float) -> Record:
+    if record.digest != wanted.digest and wanted.digest:
+        return Record(wanted.digest, wanted.fingerprint, since=now)
+    if record.fingerprint != wanted.fingerprint:
+        # Changed files are worth a try at once; a loaded version is left alone.
+        is_changed = record.fingerprint != 0
+        record = replace(record, fingerprint=wanted.fingerprint)
+        return replace(record, num_failures=0, retry_at=now) if is_changed else record
+    return record
+
+
+def _decide_place(
+    wanted: Desired, triton_state: str | None, record: Record, now: float, probe_interval_s: float
+) -> Verb | None:
+    loading_since = record.busy_since if record.busy in (Verb.LOAD, Verb.RELOAD) else record.loading_since
+    if loading_since is not None:
+        return Verb.RESTART_TRITON if now - loading_since > wanted.load_limit_s else None
     if record.busy is not None:
         return None
     if triton_state == "READY" and not record.is_lost:
         is_due = record.state != LOADED or now - record.probed_at >= probe_interval_s
-        return Action(Verb.PROBE, name, wanted.version) if is_due else None
+        return Verb.PROBE if is_due else None
     if now < record.retry_at:
         return None
-    verb = Verb.RELOAD if triton_state == "READY" else Verb.LOAD
-    return Action(verb, name, wanted.version, wanted.load_limit_s, is_alone)
+    return Verb.RELOAD if triton_state == "READY" else Verb.LOAD
 
 
-def begin(records: Records, action: Action, now: float) -> dict[str, Record]:
+def _others(place: Place, index: Index, records: Records) -> tuple[int, ...]:
+    """Other versions of the same Triton model that answer; one whose folder was deleted is not in the index."""
+    ready = {other for other, state in index.items() if state == "READY"}
+    ready |= {other for other, record in records.items() if _is_loaded(record)}
+    return tuple(sorted(other.version for other in ready if other.model == place.model and other != place))
+
+
+def begin(records: Records, action: Action, now: float) -> dict[Place, Record]:
     """Note that ``action`` has begun."""
-    if action.model is None or action.verb is Verb.RESTART_TRITON:
+    if action.place is None or action.verb is Verb.RESTART_TRITON:
         return dict(records)
-    record = replace(records[action.model], busy=action.verb, busy_since=now)
+    record = replace(records[action.place], busy=action.verb, busy_since=now)
     if action.verb in (Verb.LOAD, Verb.RELOAD):
         # The reason for which it is loaded again stays readable.
         record = replace(record, state=LOADING, since=now)
-    return {**records, action.model: record}
+    return {**records, action.place: record}
 
 
-def record(records: Records, outcome: Outcome, now: float) -> dict[str, Record]:
+def record(records: Records, outcome: Outcome, now: float) -> dict[Place, Record]:
     """Note how an action ended."""
-    name, verb = outcome.action.model, outcome.action.verb
-    if name is None or name not in records:
+    place, verb = outcome.action.place, outcome.action.verb
+    if place is None or place not in records:
         return dict(records)
     if verb is Verb.UNLOAD and outcome.verdict is Verdict.SUCCEEDED:
-        return {other: record for other, record in records.items() if other != name}
-    ended = replace(records[name], busy=None, probed_at=now)
+        return {other: record for other, record in records.items() if other != place}
+    ended = replace(records[place], busy=None, probed_at=now)
     if outcome.verdict is Verdict.UNKNOWN:
         if ended.state == LOADING:
             ended = _enter(ended, PENDING, now, "RuntimeUnhealthy", outcome.message)
@@ -188,7 +238,7 @@ def record(records: Records, outcome: Outcome, now: float) -> dict[str, Record]:
             ended = _enter(replace(ended, is_lost=False), LOADED, now)
         elif now - ended.since > STABLE_S:
             ended = replace(ended, num_failures=0)
-    return {**records, name: ended}
+    return {**records, place: ended}
 
 
 def pause_s(num_failures: int) -> float:
@@ -199,7 +249,7 @@ def pause_s(num_failures: int) -> float:
 def _failed(record: Record, outcome: Outcome, now: float) -> Record:
     num_failures = record.num_failures + 1
     if outcome.action.verb is Verb.PROBE:
-        # The first loss is mended at once; a model that keeps dying is not reloaded all the time.
+        # The first loss is mended at once; a version that keeps dying is not reloaded all the time.
         pause = 0.0 if num_failures == 1 else pause_s(num_failures - 1)
         record, state = replace(record, is_lost=True), PENDING
     else:

@@ -5,14 +5,18 @@ copy shares no bytes with its source: whoever edits the source later changes not
 
     model_repository/
       chat/
-        config.pbtxt        the interface; names the version that is served
+        config.pbtxt        the interface; names the versions that are served
         1/ 2/               version folders, never changed once there
+        adapters/           LoRA adapters
+      chat.canary/          versions above production (registry.places)
+        config.pbtxt  3/  adapters -> ../chat/adapters
 
 It knows files only; loading is the reconciler's work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,13 +24,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from control_plane.errors import BadRequest, ControlPlaneError
+from control_plane.registry.places import CANARY_SUFFIX, Place, model_of, possible_places
 from triton_backend.errors import VersionFolderError
 from triton_backend.protocol import INPUTS, OUTPUTS, TensorSpec
-from triton_backend.version_folder import MANIFEST_JSON, verify
+from triton_backend.version_folder import MANIFEST_JSON, digest, verify
+
+if TYPE_CHECKING:
+    from control_plane.artifacts import ArtifactStore
 
 CONFIG_PBTXT = "config.pbtxt"
+ADAPTERS = "adapters"
 BACKEND = "llm"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -40,29 +50,19 @@ class InstallError(ControlPlaneError):
 
 @dataclass(frozen=True)
 class InstalledModel:
-    """A model directory and the version in it that is to be served: the highest."""
+    """A model directory and the highest version in it."""
 
     name: str
     version: int
     folder: Path
 
-    @property
-    def fingerprint(self) -> int:
-        """Changes whenever a file of the version does; newest change of any of them, in nanoseconds."""
-        paths = [self.folder, self.folder.parent / CONFIG_PBTXT, *self.folder.rglob("*")]
-        return max(path.stat().st_mtime_ns for path in paths)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
 
 def check_name(name: str) -> str:
     """Return ``name`` if it may name a model; raises BadRequest."""
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or name.endswith(CANARY_SUFFIX):
         raise BadRequest(
-            f"model name {name!r} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit"
+            f"model name {name!r:.100} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
+            f"beginning with a letter or digit and not ending in {CANARY_SUFFIX!r}"
         )
     return name
 
@@ -75,7 +75,7 @@ def install(version_folder: Path, repository: Path, name: str, version: int) -> 
         raise BadRequest(f"version has value {version}; expected a whole number ≥ 1")
     if target.exists():
         raise InstallError(f"{target} exists already; versions are never changed, install the next number")
-    model_directory.mkdir(parents=True, exist_ok=True)
+    _make_adapters(repository, Place(name, version))
     staged = model_directory / f".{version}.staged-{os.getpid()}"
     try:
         verify(version_folder)
@@ -87,16 +87,63 @@ def install(version_folder: Path, repository: Path, name: str, version: int) -> 
         raise InstallError(f"cannot install {version_folder} as {target}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    write_config(repository, name)
-    return next(model for model in installed_models(repository) if model.name == name)
+    write_config(repository, name, [version])
+    return InstalledModel(name, version, target)
+
+
+def ensure_installed(repository: Path, store: ArtifactStore, place: Place, wanted: str) -> None:
+    """See that the folder of ``place`` is the version with digest ``wanted``: copied from beside, or from the store.
+
+    What else lies there is replaced. Raises NotFound or ArtifactError; needs that Triton does not load it now.
+    """
+    target = folder_of(repository, place)
+    if _digest_of(target) == wanted:
+        return
+    _make_adapters(repository, place)
+    remove_version(repository, place)
+    for other in possible_places(model_of(place), place.version):
+        source = folder_of(repository, other)
+        if other != place and _digest_of(source) == wanted and is_sealed(source):
+            staged = target.with_name(f".{target.name}.staged-{os.getpid()}")
+            shutil.rmtree(staged, ignore_errors=True)
+            # Copied, not linked: a link changes the source's inodes, and Triton then loads the source anew.
+            shutil.copytree(source, staged)
+            os.rename(staged, target)
+            return
+    store.get(wanted, target)
+
+
+def remove_version(repository: Path, place: Place) -> None:
+    """Remove a version folder, in one step for those who look; one that is not there is no error."""
+    folder = folder_of(repository, place)
+    removed = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def folder_of(repository: Path, place: Place) -> Path:
+    return repository / place.model / str(place.version)
+
+
+def fingerprint(folder: Path) -> int:
+    """Changes whenever a file of a version does: newest change of any, in nanoseconds; 0 if it is not installed."""
+    if not (folder / MANIFEST_JSON).is_file():
+        return 0
+    return max(path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")])
+
+
+def size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def installed_models(repository: Path) -> list[InstalledModel]:
-    """Every model directory with a configuration and a complete version, by name."""
+    """Every model directory with a configuration and a complete version, by name; without those of canaries."""
     models = []
     for directory in sorted(repository.glob("*/")) if repository.is_dir() else ():
         versions = _complete_versions(directory)
-        if NAME.fullmatch(directory.name) and versions and (directory / CONFIG_PBTXT).is_file():
+        is_model = NAME.fullmatch(directory.name) and not directory.name.endswith(CANARY_SUFFIX)
+        if is_model and versions and (directory / CONFIG_PBTXT).is_file():
             models.append(InstalledModel(directory.name, versions[-1], directory / str(versions[-1])))
     return models
 
@@ -110,21 +157,12 @@ def is_sealed(version_folder: Path) -> bool:
     return True
 
 
-def write_config(repository: Path, name: str) -> bool:
-    """Write ``config.pbtxt`` for the highest version of a model; returns whether that changed anything."""
-    directory = repository / check_name(name)
-    path, text = directory / CONFIG_PBTXT, render_config(name, _complete_versions(directory)[-1:])
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return False
-    staged = directory / f".{CONFIG_PBTXT}.{os.getpid()}"
-    staged.write_text(text, encoding="utf-8")
+def write_config(repository: Path, model: str, versions: Sequence[int]) -> None:
+    """Write ``config.pbtxt`` of a Triton model, so that loading it loads ``versions`` and no others."""
+    path = repository / model / CONFIG_PBTXT
+    staged = path.with_name(f".{CONFIG_PBTXT}.{os.getpid()}")
+    staged.write_text(render_config(model, versions), encoding="utf-8")
     staged.rename(path)
-    return True
-
-
-def refresh_configs(repository: Path) -> list[str]:
-    """Rewrite configurations that an older release of llmos wrote, and return the names of their models."""
-    return [model.name for model in installed_models(repository) if write_config(repository, model.name)]
 
 
 def render_config(name: str, versions: Sequence[int]) -> str:
@@ -151,6 +189,23 @@ def render_config(name: str, versions: Sequence[int]) -> str:
 
 def _tensor(spec: TensorSpec) -> dict[str, object]:
     return {"name": spec.name, "data_type": spec.data_type, "dims": [str(dim) for dim in spec.dims]}
+
+
+def _digest_of(folder: Path) -> str | None:
+    return digest(folder) if (folder / MANIFEST_JSON).is_file() else None
+
+
+def _make_adapters(repository: Path, place: Place) -> None:
+    """See that there is a folder for adapters, and that versions in ``chat.canary`` share that of ``chat``.
+
+    It is made before anything is loaded: what is new in it makes Triton load the model anew at the next change.
+    """
+    adapters = repository / model_of(place) / ADAPTERS
+    adapters.mkdir(parents=True, exist_ok=True)
+    link = repository / place.model / ADAPTERS
+    if not link.exists():
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(Path("..", model_of(place), ADAPTERS))
 
 
 def _complete_versions(directory: Path) -> list[int]:

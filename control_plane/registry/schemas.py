@@ -1,49 +1,118 @@
-"""Models and versions as the API shows and takes them."""
+"""Models, versions, aliases and deployments as the API shows and takes them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from control_plane.extensions import iso
+from control_plane.registry.deployments import KINDS, MAX_REASON
 from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
-from control_plane.registry.serving_state import ModelState, ServingState
-from control_plane.registry.tables import Model, Version
+from control_plane.registry.serving_state import STANDBY, ServingState
+from control_plane.registry.tables import PRODUCTION, Alias, Deployment, Evaluation, Model, Version
+
+MAX_THRESHOLDS = 100
+METRIC = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,99}\.[A-Za-z0-9_][A-Za-z0-9_,-]{0,99}$"
+VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
+
+
+class Limits(BaseModel):
+    """What a metric must reach: at least ``min``, at most ``max``."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> Limits:
+        if self.min is None and self.max is None:
+            raise ValueError("expected 'min' or 'max'")
+        return self
 
 
 class ModelEdit(BaseModel):
+    """What is left out stays as it is. ``thresholds`` are limits by ``suite.metric``; a version below is not served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION, strict=True)] | None = None
+    thresholds: (
+        Annotated[dict[Annotated[str, Field(pattern=METRIC)], Limits], Field(max_length=MAX_THRESHOLDS)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> ModelEdit:
+        if not self.changes:
+            raise ValueError("expected 'description' or 'thresholds'")
+        return self
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class DeploymentIn(BaseModel):
+    """``version`` may be left out for a rollback, the endings, and for another weight of the canary there is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    kind: Literal["promote", "rollback", "canary", "abort", "withdraw"]
+    version: VersionNumber | None = None
+    weight: Annotated[float, Field(ge=0, le=100)] | None = None
+    reason: Annotated[str, Field(max_length=MAX_REASON)] | None = None
+    force: bool = False
+
+
+class AliasIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    description: str = Field(max_length=MAX_DESCRIPTION)
+    version: VersionNumber
 
 
-def model_out(model: Model) -> dict[str, Any]:
+assert set(KINDS) == set(DeploymentIn.model_fields["kind"].annotation.__args__)  # type: ignore[union-attr]
+
+
+def model_out(model: Model, aliases: Sequence[Alias]) -> dict[str, Any]:
     return {
         "name": model.name,
         "description": model.description,
+        "thresholds": model.thresholds,
+        "aliases": [alias_out(alias) for alias in aliases],
         "revision": model.revision,
         "created_by": model.created_by,
         "created_at": iso(model.created_at),
     }
 
 
-def summary_out(summary: ModelSummary, serving: ServingState) -> dict[str, Any]:
-    """``serving`` is the version that is meant to be served, with its state in Triton; None if none is."""
-    state = serving.models.get(summary.model.name)
-    newest = None if summary.newest is None else version_out(summary.newest, summary.model.name, serving)
+def alias_out(alias: Alias) -> dict[str, Any]:
+    """``weight`` is the canary's share of the requests in percent."""
     return {
-        **model_out(summary.model),
-        "num_versions": summary.num_versions,
-        "newest": newest,
-        "serving": _serving_out(state),
+        "name": alias.name,
+        "version": alias.version.number,
+        "weight": alias.weight,
+        "revision": alias.revision,
+        "updated_at": iso(alias.updated_at),
     }
 
 
-def version_out(version: Version, name: str, serving: ServingState) -> dict[str, Any]:
-    """``serving`` is the state of the version in Triton, None if it is not meant to be served."""
-    state = serving.models.get(name)
-    is_served = state is not None and state.version == version.number
+def summary_out(summary: ModelSummary, aliases: Sequence[Alias], serving: ServingState) -> dict[str, Any]:
+    """``serving`` is the production version with its state; None if there is none."""
+    name = summary.model.name
+    production = next((alias.version.number for alias in aliases if alias.name == PRODUCTION), None)
+    newest = None if summary.newest is None else version_out(summary.newest, name, aliases, serving)
+    return {
+        **model_out(summary.model, aliases),
+        "num_versions": summary.num_versions,
+        "newest": newest,
+        "serving": None if production is None else {"version": production, **_serving_out(name, production, serving)},
+    }
+
+
+def version_out(version: Version, name: str, aliases: Sequence[Alias], serving: ServingState) -> dict[str, Any]:
+    """``serving`` is its state in Triton; of the model's ``aliases`` those that point to it are shown."""
     return {
         "model": name,
         "version": version.number,
@@ -55,13 +124,53 @@ def version_out(version: Version, name: str, serving: ServingState) -> dict[str,
         "certificate": version.certificate,
         "source": version.source,
         "job_id": version.job_id,
-        "serving": _serving_out(state) if is_served else None,
+        "aliases": [alias.name for alias in aliases if alias.version_id == version.id],
+        "serving": _serving_out(name, version.number, serving),
+        "warm_until": iso(version.warm_until),
+        "retired_at": iso(version.retired_at),
         "created_by": version.created_by,
         "created_at": iso(version.created_at),
     }
 
 
-def _serving_out(state: ModelState | None) -> dict[str, Any] | None:
-    if state is None:
-        return None
-    return {"version": state.version, "state": state.state, "reason": state.reason, "message": state.message}
+def deployment_out(deployment: Deployment) -> dict[str, Any]:
+    """``overridden`` is what the gate found when it was forced; ``failure`` says why it is blocked."""
+    failure = {"reason": deployment.failure_reason, "message": deployment.failure_message}
+    previous = deployment.previous_version
+    return {
+        "id": deployment.id,
+        "model": deployment.model.name,
+        "kind": deployment.kind,
+        "alias": deployment.alias,
+        "version": deployment.version.number,
+        "previous_version": None if previous is None else previous.number,
+        "weight": deployment.weight,
+        "state": deployment.state,
+        "failure": failure if deployment.failure_reason or deployment.failure_message else None,
+        "reason": deployment.reason,
+        "overridden": deployment.overridden,
+        "created_by": deployment.created_by,
+        "created_at": iso(deployment.created_at),
+        "finished_at": iso(deployment.finished_at),
+    }
+
+
+def evaluation_out(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "id": evaluation.id,
+        "version": evaluation.version.number,
+        "suite": evaluation.suite,
+        "metrics": evaluation.metrics,
+        "data": evaluation.data,
+        "job_id": evaluation.job_id,
+        "created_by": evaluation.created_by,
+        "created_at": iso(evaluation.created_at),
+    }
+
+
+def _serving_out(name: str, number: int, serving: ServingState) -> dict[str, Any]:
+    found = serving.where(name, number)
+    if found is None:
+        return {"state": STANDBY, "place": None, "reason": None, "message": None}
+    place, state = found
+    return {"state": state.state, "place": str(place), "reason": state.reason, "message": state.message}

@@ -14,14 +14,13 @@ from typing import Any
 import structlog
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import joinedload
 
-from control_plane.artifacts import ArtifactError, ArtifactStore
 from control_plane.auth import audit
-from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
+from control_plane.errors import Conflict, NotFound, PreconditionFailed
 from control_plane.extensions import db
-from control_plane.registry.model_directory import NAME, check_name, installed_models
-from control_plane.registry.tables import Model, Version
-from control_plane.settings import Settings
+from control_plane.registry.model_directory import NAME, check_name
+from control_plane.registry.tables import Evaluation, Model, Version
 from control_plane.version_facts import read_version_facts
 from triton_backend.version_folder import digest, read_manifest
 
@@ -76,29 +75,6 @@ def register(
     raise Conflict(f"too many versions of {name!r} are being registered at once; try again")
 
 
-def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
-    """Store and register the installed versions that the registry does not know, under their own numbers.
-
-    One that is damaged, cannot be stored, or has the number of another version is left out.
-    """
-    adopted = []
-    for installed in installed_models(settings.model_repository):
-        known = db.session.scalar(
-            select(Version.id)
-            .join(Model)
-            .where(Model.name == installed.name, Version.digest == digest(installed.folder))
-        )
-        if known is not None:
-            continue
-        try:
-            store.put(installed.folder)
-            adopted.append(register(installed.name, installed.folder, number=installed.version))
-        except (ArtifactError, Conflict) as error:
-            # It is served as far as it can be; the registry must not keep everything else from starting.
-            log.warning("version_not_adopted", model=installed.name, version=installed.version, reason=str(error))
-    return adopted
-
-
 def find_models(after: str | None, prefix: str | None, limit: int) -> list[ModelSummary]:
     """By name; ``after`` is the last name of the page before."""
     counted = (
@@ -145,21 +121,46 @@ def get_version(name: str, number: int) -> Version:
     return version
 
 
-def describe_model(name: str, description: str, revision: int | None) -> Model:
-    """Change a model's description; raises PreconditionFailed if it is not at ``revision`` any more."""
-    if len(description) > MAX_DESCRIPTION:
-        raise BadRequest(f"description has {len(description)} characters; expected at most {MAX_DESCRIPTION}")
+def find_evaluations(name: str, number: int | None, before: int | None, limit: int) -> list[Evaluation]:
+    """Of one version, or of all; newest first."""
+    query = select(Evaluation).join(Version).where(Version.model_id == get_model(name).id)
+    query = query.options(joinedload(Evaluation.version)).order_by(Evaluation.id.desc()).limit(limit)
+    if number is not None:
+        query = query.where(Evaluation.version_id == get_version(name, number).id)
+    if before is not None:
+        query = query.where(Evaluation.id < before)
+    return list(db.session.scalars(query))
+
+
+def record_evaluation(
+    name: str, number: int, suite: str, metrics: Mapping[str, float], *, data: str | None, job_id: str, actor: str
+) -> Evaluation:
+    """Keep what was measured; the same job again gives what it recorded before."""
+    version = get_version(name, number)
+    query = select(Evaluation).where(Evaluation.job_id == job_id, Evaluation.suite == suite)
+    evaluation = db.session.scalar(query)
+    if evaluation is None:
+        found = {"version_id": version.id, "suite": suite, "metrics": dict(metrics), "data": data, "job_id": job_id}
+        evaluation = Evaluation(**found, created_by=actor)
+        db.session.add(evaluation)
+        audit.record("evaluation.create", f"{name}/{number}", actor, suite=suite)
+        db.session.commit()
+    return evaluation
+
+
+def edit_model(name: str, changes: Mapping[str, Any], revision: int | None) -> Model:
+    """Change description or thresholds of a model; raises PreconditionFailed if it is not at ``revision`` any more."""
     model = get_model(name)
     expected = model.revision if revision is None else revision
     changed = db.session.execute(
         update(Model)
         .where(Model.id == model.id, Model.revision == expected)
-        .values(description=description, revision=Model.revision + 1)
+        .values(**changes, revision=Model.revision + 1)
     )
     if not changed.rowcount:  # type: ignore[attr-defined]
         db.session.rollback()
         raise PreconditionFailed(f"model {name!r} was changed by somebody else meanwhile; read it again")
-    audit.record("model.describe", name)
+    audit.record("model.edit", name, **changes)
     db.session.commit()
     db.session.refresh(model)
     return model

@@ -19,13 +19,15 @@ import redis
 import sqlalchemy
 from flask import Flask
 
-from control_plane.errors import ControlPlaneError, RequestTimeout
+from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound, RequestTimeout
 from control_plane.extensions import db
 from control_plane.jobs.services import HEAVY_QUEUES, ping_worker, running_job
 from control_plane.registry import serving_state
-from control_plane.registry.model_directory import InstalledModel, installed_models
+from control_plane.registry.model_directory import folder_of
+from control_plane.registry.places import Place
+from control_plane.registry.routing import Router
 from control_plane.settings import Settings
-from control_plane.triton import IndexEntry, TritonClient
+from control_plane.triton import TritonClient
 from control_plane.version_facts import VersionFacts, read_version_facts
 
 MODELS_TTL_S = 1.0
@@ -83,6 +85,7 @@ class SystemStatus:
         self._app = app
         self._settings: Settings = app.config["SETTINGS"]
         self._triton: TritonClient = app.extensions["triton"]
+        self._router: Router = app.extensions["router"]
         self._models = Cached(MODELS_TTL_S, self._ask_models)
         self._processes = Cached(PROCESSES_TTL_S, self._ask_processes)
 
@@ -93,39 +96,37 @@ class SystemStatus:
         return self._processes.get()
 
     def _ask_models(self) -> list[ModelStatus]:
-        installed = installed_models(self._settings.model_repository)
-        try:
-            index = {entry.name: entry for entry in sorted(self._triton.repository_index(), key=_readiness)}
-        except ControlPlaneError as error:
-            return [_status(model, "failed", str(error)) for model in installed]
-        if not installed:
+        """The production version of every model."""
+        production = self._router.production_versions()
+        if not production:
             return []
-        with ThreadPoolExecutor(min(MAX_PROBES_AT_ONCE, len(installed)), thread_name_prefix="probe") as pool:
-            return list(pool.map(lambda model: self._ask_model(model, index.get(model.name)), installed))
+        with ThreadPoolExecutor(min(MAX_PROBES_AT_ONCE, len(production)), thread_name_prefix="probe") as pool:
+            return list(pool.map(self._ask_model, production, production.values()))
 
-    def _ask_model(self, model: InstalledModel, entry: IndexEntry | None) -> ModelStatus:
-        if entry is None or not entry.is_ready:
-            return self._unready(model, entry)
+    def _ask_model(self, name: str, version: int) -> ModelStatus:
+        known = serving_state.read(self._settings).where(name, version)
+        place = Place(name, version) if known is None else known[0]
+        facts = read_version_facts(folder_of(self._settings.model_repository, place))
         try:
-            probe = self._triton.probe(model.name, self._settings.probe_timeout_s)
+            probe = self._triton.probe(*place, timeout_s=self._settings.probe_timeout_s)
         except RequestTimeout:
-            return _status(model, "failed", f"no answer to a probe within {self._settings.probe_timeout_s:g} s")
+            reason = f"no answer to a probe within {self._settings.probe_timeout_s:g} s"
+        except (NotFound, ModelNotReady):
+            state = None if known is None else known[1]
+            if state is not None and state.state == serving_state.FAILED_TO_LOAD:
+                return ModelStatus(name, version, "failed", state.message or "it failed to load", None, facts)
+            why = "waiting for Triton to load it" if state is None else f"it is {state.state}"
+            return ModelStatus(name, version, "loading", why, None, facts)
         except ControlPlaneError as error:
-            return _status(model, "failed", str(error))
-        return _status(model, "ready", None, latency_ms=round(probe.latency_s * 1000, 1))
-
-    def _unready(self, model: InstalledModel, entry: IndexEntry | None) -> ModelStatus:
-        known = serving_state.read(self._settings).models.get(model.name)
-        if known is not None and known.state == serving_state.FAILED_TO_LOAD:
-            return _status(model, "failed", known.message or known.reason or "it failed to load")
-        if entry is not None and entry.state == "UNAVAILABLE" and entry.reason not in ("", "unloaded"):
-            return _status(model, "failed", entry.reason)
-        return _status(model, "loading", "waiting for Triton to load it" if known is None else f"it is {known.state}")
+            reason = str(error)
+        else:
+            return ModelStatus(name, version, "ready", None, round(probe.latency_s * 1000, 1), facts)
+        return ModelStatus(name, version, "failed", reason, None, facts)
 
     def _ask_processes(self) -> list[ProcessStatus]:
         questions = [
             ("Triton", "runs the engine", self._ask_triton),
-            ("Reconciler", "keeps installed models served", self._ask_reconciler),
+            ("Reconciler", "keeps served what the registry wants", self._ask_reconciler),
             ("Worker", "runs light jobs", self._ask_worker),
             ("Heavy worker", "runs exports, proofs and training", self._ask_heavy_worker),
             ("Redis", "wakes workers", self._ask_redis),
@@ -166,7 +167,7 @@ class SystemStatus:
 
 
 def health_report(models: list[ModelStatus]) -> tuple[dict[str, Any], bool]:
-    """Body of /health/ready, and whether every installed model (at least one) is ready."""
+    """Body of /health/ready, and whether the production version of every model (at least one) is ready."""
     is_ready = bool(models) and all(model.state == "ready" for model in models)
     report: dict[str, Any] = {
         "status": "ready" if is_ready else "not_ready",
@@ -181,7 +182,7 @@ def health_report(models: list[ModelStatus]) -> tuple[dict[str, Any], bool]:
         },
     }
     if not models:
-        report["reason"] = "no model is installed"
+        report["reason"] = "no model has a production version"
     return report, is_ready
 
 
@@ -194,15 +195,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _readiness(entry: IndexEntry) -> bool:
-    # A dict keeps the last of equal names: a ready version wins over one that is unloading.
-    return entry.is_ready
-
-
-def _status(model: InstalledModel, state: str, reason: str | None, latency_ms: float | None = None) -> ModelStatus:
-    return ModelStatus(model.name, model.version, state, reason, latency_ms, read_version_facts(model.folder))
 
 
 def _ask(name: str, purpose: str, question: Callable[[], str]) -> ProcessStatus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import httpx
 import psutil
 import pytest
 
+from control_plane import create_app
+from control_plane.artifacts import artifact_store
 from control_plane.errors import ControlPlaneError, NotFound
-from control_plane.registry import model_processes, serving_state
-from control_plane.registry.model_directory import install
+from control_plane.registry import deployments, model_processes, services, serving_state
 from control_plane.registry.serving_state import FAILED_TO_LOAD
 from control_plane.triton import GenerateCall, TritonClient, connect
 from tests.e2e.conftest import Stack, wait_for
+from triton_backend.version_folder import MANIFEST_JSON, seal
 
 pytestmark = pytest.mark.e2e
 HEAL_S = 15.0
@@ -36,6 +39,18 @@ def answers(triton: TritonClient, model: str) -> bool:
         return bool(triton.generate(GenerateCall(model, text="The", sampling={"max_tokens": 2}), 5.0).outputs)
     except ControlPlaneError:
         return False
+
+
+def served_copy(stack: Stack, name: str) -> str:
+    """Serve the starter's version once more under another name, and as another artifact; returns its digest."""
+    folder = stack.home / name
+    shutil.copytree(stack.settings.versions_dir / stack.model / "1", folder)
+    (folder / MANIFEST_JSON).unlink()
+    digest = seal(folder, {"checkpoint": name}, {})
+    with create_app(stack.settings).app_context():
+        artifact_store(stack.settings).put(folder)
+        deployments.adopt_production(name, services.register(name, folder).number)
+    return digest
 
 
 def is_gone(pid: int) -> bool:
@@ -91,31 +106,33 @@ def test_killed_triton_comes_back_with_its_models_and_leaves_no_orphans(stack: S
 
 
 def test_changed_weights_are_refused_by_name_and_other_models_go_on(stack: Stack, triton: TritonClient) -> None:
-    version_folder = stack.settings.versions_dir / stack.model / "1"
-    damaged = install(version_folder, stack.settings.model_repository, "damaged", 1)
+    digest = served_copy(stack, "damaged")
+    copies = [
+        folder / "model.onnx.data"
+        for folder in (stack.settings.model_repository / "damaged" / "1", stack.home / "artifacts" / digest)
+    ]
+    content = copies[1].read_bytes()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
     try:
         stack.wait_loaded("damaged")
-        weights = damaged.folder / "model.onnx.data"
-        content = bytearray(weights.read_bytes())
-        content[len(content) // 2] ^= 1
-        weights.write_bytes(content)
-        # What is loaded goes on; the change is met when the model is loaded again.
+        for weights in copies:
+            weights.write_bytes(changed)
+        # What is loaded goes on; the change is met when the model is loaded again, and again in the store.
         pid = stack.stub_pid("damaged")
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: stack.model_state("damaged") == FAILED_TO_LOAD, 30, "refusal of the damaged model")
         state = serving_state.read(stack.settings).models["damaged"]
         assert state.reason == "ModelLoadFailed"
-        assert state.message is not None and str(weights) in state.message and "Traceback" not in state.message
+        assert state.message is not None and "model.onnx.data" in state.message and "Traceback" not in state.message
         assert answers(triton, stack.model)
         assert stack.llmos("status").returncode == 1
-        # Repaired files are tried at once, whatever the pause was.
-        content[len(content) // 2] ^= 1
-        weights.write_bytes(content)
+        copies[1].write_bytes(content)
         stack.wait_loaded("damaged")
         assert answers(triton, "damaged")
     finally:
-        damaged.folder.parent.rename(stack.home / "removed")
+        stack.llmos("withdraw", "damaged")
         wait_for(lambda: stack.model_state("damaged") is None, 15, "end of the removed model")
     assert stack.llmos("status").returncode == 0
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.extensions import db
+from control_plane.registry import serving_state
+from control_plane.registry.places import Place
+from control_plane.registry.serving_state import LOADED, ModelState, ServingState
+from control_plane.registry.tables import PRODUCTION, Alias, Model, Version
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
 
@@ -38,7 +43,7 @@ def triton(settings) -> FakeTriton:
     (version / "model.json").write_text(json.dumps({"model": model, "engine": {"max_model_len": 512}}))
     summary = {"passed": True, "num_tokens_compared": 768, "max_logit_difference": 1.3e-5}
     (version / "certificate.json").write_text(json.dumps({"passed": True, "summary": summary}))
-    return FakeTriton({"starter": word_by_word})
+    return FakeTriton({"starter": word_by_word}, {"starter": [3]})
 
 
 @pytest.fixture
@@ -46,7 +51,19 @@ def app(settings, triton):
     app = create_app(settings, triton)
     with app.app_context():
         db.create_all()
+        model = Model(name="starter", created_by="test")
+        version = Version(model=model, number=3, digest="0" * 64, passed=True, created_by="test")
+        db.session.add(Alias(model=model, name=PRODUCTION, version=version))
+        db.session.commit()
+    say_loaded(settings, Place("starter", 3))
     return app
+
+
+def say_loaded(settings: Settings, *places: Place) -> None:
+    """What the reconciler writes when these versions are loaded, the last of them as production."""
+    states = {place: ModelState(place.version, LOADED, 0.0) for place in places}
+    models = {place.model: states[place] for place in places}
+    serving_state.write(settings, ServingState(models, True, time.time(), states))
 
 
 @pytest.fixture

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
 from control_plane import errors
 from control_plane.auth.services import create_key
+from control_plane.registry import serving_state
+from control_plane.registry.places import Place
 from control_plane.triton_fake import word_by_word
+from tests.unit.control_plane.conftest import say_loaded
 from triton_backend.protocol import GenerateResponse
 
 pytestmark = pytest.mark.unit
@@ -293,8 +297,38 @@ def test_models_lists_what_triton_has_ready(client, triton):
     assert document["data"][0]["created"] > 0
     assert client.get("/v1/models/starter").get_json() == document["data"][0]
     assert client.get("/v1/models/nope").status_code == 404
-    triton.unload("starter")
+    assert client.get("/v1/models/starter@3").get_json()["id"] == "starter@3"
+
+
+def test_models_lists_nothing_that_is_not_loaded(client, settings):
+    serving_state.write(settings, serving_state.ServingState())
     assert client.get("/v1/models").get_json()["data"] == []
+    assert client.get("/v1/models/starter").status_code == 503
+
+
+def test_answer_says_which_version_it_is_of_and_names_may_ask_for_one(client, triton):
+    for name in ("starter", "starter@3", "starter@production"):
+        for stream in (False, True):
+            response = complete(client, model=name, stream=stream)
+            assert response.headers["X-Model-Version"] == "3"
+    assert {(call.model, call.version) for call in triton.calls} == {("starter", 3)}
+    assert complete(client, model="starter@4").status_code == 404
+
+
+def test_version_that_moves_just_then_is_found_where_it_is(client, triton, settings):
+    triton.models["starter.canary"], triton.versions["starter.canary"] = triton.models.pop("starter"), [3]
+    moved = Place("starter.canary", 3)
+
+    def unloaded(call):
+        say_loaded(settings, moved)
+        raise errors.ModelNotReady("Request for unknown model: 'starter' version 3 is not at ready state")
+
+    triton.models["starter"] = unloaded
+    for stream in (False, True):
+        say_loaded(settings, Place("starter", 3))
+        time.sleep(0.25)
+        assert complete(client, stream=stream).status_code == 200
+    assert triton.calls[-1].model == "starter.canary"
 
 
 def test_request_without_a_key_is_401_in_openais_shape(app):

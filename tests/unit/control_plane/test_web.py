@@ -9,7 +9,10 @@ from itertools import pairwise
 import pytest
 
 from control_plane import errors
+from control_plane.extensions import db
 from control_plane.registry import serving_state
+from control_plane.registry.places import Place
+from control_plane.registry.tables import Alias
 from control_plane.web.services import Cached
 
 pytestmark = pytest.mark.unit
@@ -21,7 +24,7 @@ def test_live_answers_even_without_triton(client, triton):
     assert client.get("/health").get_json() == {"status": "live"}
 
 
-def test_ready_needs_every_installed_model_to_answer_a_probe(client):
+def test_ready_needs_every_production_version_to_answer_a_probe(client):
     response = client.get("/health/ready")
     assert response.status_code == 200
     model = response.get_json()["models"]["starter"]
@@ -45,16 +48,18 @@ def test_model_that_is_not_loaded_yet_is_loading(client, triton):
 def test_model_that_failed_to_load_gives_the_reconcilers_message(client, triton, settings):
     triton.unload("starter")
     state = serving_state.ModelState(3, serving_state.FAILED_TO_LOAD, 0.0, "ModelLoadFailed", "model.onnx.data differs")
-    serving_state.write(settings, serving_state.ServingState({"starter": state}, True, 0.0))
+    serving_state.write(settings, serving_state.ServingState({}, True, 0.0, {Place("starter", 3): state}))
     model = client.get("/health/ready").get_json()["models"]["starter"]
     assert (model["state"], model["reason"]) == ("failed", "model.onnx.data differs")
 
 
-def test_not_ready_without_any_installed_model(client, settings):
-    (settings.model_repository / "starter" / "config.pbtxt").unlink()
+def test_not_ready_without_any_production_version(app, client):
+    with app.app_context():
+        db.session.query(Alias).delete()
+        db.session.commit()
     response = client.get("/health/ready")
     assert response.status_code == 503
-    assert response.get_json()["reason"] == "no model is installed"
+    assert response.get_json()["reason"] == "no model has a production version"
 
 
 def test_not_ready_without_triton(client, triton):

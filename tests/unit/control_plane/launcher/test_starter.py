@@ -12,7 +12,7 @@ from rich.console import Console
 
 from control_plane.launcher import starter
 from control_plane.launcher.console import Screen
-from control_plane.registry.model_directory import install, installed_models
+from control_plane.registry.model_directory import installed_models, is_sealed
 from control_plane.settings import Settings
 from control_plane.subprocesses import ChildEvent, ChildFailed
 from triton_backend.version_folder import seal
@@ -66,40 +66,35 @@ TRAIN, EXPORT = "control_plane.training.recipes.pretrain", "exporters"
 
 
 def test_model_is_trained_exported_and_installed(settings: Settings, children: Children, screen: Screen) -> None:
-    model = starter.ensure_a_model(settings, screen)
+    model = starter.make_starter(settings, screen)
     assert (model.name, model.version) == ("starter", 1)
     assert children.ran == [TRAIN, EXPORT]
     assert installed_models(settings.model_repository) == [model]
     assert isinstance(screen.console.file, io.StringIO) and "train starter" in screen.console.file.getvalue()
 
 
-def test_second_start_does_nothing(settings: Settings, children: Children, screen: Screen) -> None:
-    starter.ensure_a_model(settings, screen)
-    starter.ensure_a_model(settings, screen)
+def test_second_time_nothing_is_trained_or_exported_again(
+    settings: Settings, children: Children, screen: Screen
+) -> None:
+    first = starter.make_starter(settings, screen)
+    (first.folder / "config.json").write_text("damaged")
+    second = starter.make_starter(settings, screen)
     assert children.ran == [TRAIN, EXPORT]
+    assert is_sealed(second.folder)
 
 
 def test_start_that_failed_goes_on_where_it_was(settings: Settings, children: Children, screen: Screen) -> None:
     children.failing = EXPORT
     with pytest.raises(ChildFailed):
-        starter.ensure_a_model(settings, screen)
+        starter.make_starter(settings, screen)
     children.failing = None
-    starter.ensure_a_model(settings, screen)
+    starter.make_starter(settings, screen)
     assert children.ran == [TRAIN, EXPORT, EXPORT]
 
 
 def test_changed_export_is_made_again(settings: Settings, children: Children, screen: Screen) -> None:
-    starter.ensure_a_model(settings, screen)
+    starter.make_starter(settings, screen)
     (settings.model_repository / "starter").rename(settings.home / "removed")
     (settings.versions_dir / "starter" / "1" / "config.json").write_text("{}")
-    starter.ensure_a_model(settings, screen)
+    starter.make_starter(settings, screen)
     assert children.ran == [TRAIN, EXPORT, EXPORT]
-
-
-def test_no_starter_is_made_beside_another_model(settings: Settings, children: Children, screen: Screen) -> None:
-    folder = settings.home / "version"
-    folder.mkdir(parents=True)
-    seal(folder, source={}, environment={})
-    install(folder, settings.model_repository, "chat", 3)
-    assert starter.ensure_a_model(settings, screen).name == "chat"
-    assert children.ran == []

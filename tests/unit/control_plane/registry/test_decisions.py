@@ -18,18 +18,20 @@ from control_plane.registry.decisions import (
     pause_s,
     record,
 )
+from control_plane.registry.places import Place
 
 pytestmark = pytest.mark.unit
-CHAT = Desired(version=1, fingerprint=7, load_limit_s=120)
+CHAT = Desired(digest="a", fingerprint=7, load_limit_s=120)
+ONE, TWO = Place("chat", 1), Place("chat", 2)
 
 
 class World:
     """Plays the loop: ``look`` returns what is begun, ``end`` reports how it went."""
 
-    def __init__(self, **desired: Desired) -> None:
-        self.desired = desired or {"chat": CHAT}
-        self.index: dict[tuple[str, int], str] | None = {}
-        self.records: dict[str, Record] = {}
+    def __init__(self, desired: dict[Place, Desired] | None = None) -> None:
+        self.desired = desired or {ONE: CHAT}
+        self.index: dict[Place, str] | None = {}
+        self.records: dict[Place, Record] = {}
         self.now = 100.0
         self.unreachable_since: float | None = None
 
@@ -41,43 +43,43 @@ class World:
             self.records = begin(self.records, action, self.now)
         return actions
 
-    def verbs(self, after_s: float = 0.5) -> list[tuple[Verb, str | None]]:
-        return [(action.verb, action.model) for action in self.look(after_s)]
+    def verbs(self, after_s: float = 0.5) -> list[tuple[Verb, Place | None]]:
+        return [(action.verb, action.place) for action in self.look(after_s)]
 
-    def end(self, verb: Verb, verdict: Verdict, message: str | None = None, model: str = "chat") -> None:
-        outcome = Outcome(Action(verb, model, 1), verdict, "Reason" if message else None, message)
+    def end(self, verb: Verb, verdict: Verdict, message: str | None = None, place: Place = ONE) -> None:
+        outcome = Outcome(Action(verb, place), verdict, "Reason" if message else None, message)
         self.records = record(self.records, outcome, self.now)
 
     def load(self) -> None:
-        assert self.verbs() == [(Verb.LOAD, "chat")]
-        self.index = {("chat", 1): "READY"}
+        assert self.verbs() == [(Verb.LOAD, ONE)]
+        self.index = {ONE: "READY"}
         self.end(Verb.LOAD, Verdict.SUCCEEDED)
 
     @property
     def chat(self) -> Record:
-        return self.records["chat"]
+        return self.records[ONE]
 
 
 def test_missing_model_is_loaded_once_and_then_probed_every_interval() -> None:
     world = World()
-    assert world.verbs() == [(Verb.LOAD, "chat")]
+    assert world.verbs() == [(Verb.LOAD, ONE)]
     assert world.chat.state == "Loading"
-    world.index = {("chat", 1): "LOADING"}
+    world.index = {ONE: "LOADING"}
     assert world.verbs() == []
-    world.index = {("chat", 1): "READY"}
+    world.index = {ONE: "READY"}
     world.end(Verb.LOAD, Verdict.SUCCEEDED)
     assert world.chat.state == "Loaded"
     assert world.verbs(0.5) == []
-    assert world.verbs(2.0) == [(Verb.PROBE, "chat")]
+    assert world.verbs(2.0) == [(Verb.PROBE, ONE)]
     assert world.verbs(2.0) == [], "one probe at a time"
     world.end(Verb.PROBE, Verdict.SUCCEEDED)
-    assert world.verbs(2.5) == [(Verb.PROBE, "chat")]
+    assert world.verbs(2.5) == [(Verb.PROBE, ONE)]
 
 
 def test_model_that_triton_has_already_is_probed_not_loaded() -> None:
     world = World()
-    world.index = {("chat", 1): "READY"}
-    assert world.verbs() == [(Verb.PROBE, "chat")]
+    world.index = {ONE: "READY"}
+    assert world.verbs() == [(Verb.PROBE, ONE)]
     world.end(Verb.PROBE, Verdict.SUCCEEDED)
     assert world.chat.state == "Loaded"
 
@@ -85,10 +87,10 @@ def test_model_that_triton_has_already_is_probed_not_loaded() -> None:
 def test_dead_process_is_reloaded_at_once_although_triton_calls_it_ready() -> None:
     world = World()
     world.load()
-    assert world.verbs(2.5) == [(Verb.PROBE, "chat")]
+    assert world.verbs(2.5) == [(Verb.PROBE, ONE)]
     world.end(Verb.PROBE, Verdict.FAILED, "not healthy")
     assert (world.chat.state, world.chat.message) == ("Pending", "not healthy")
-    assert world.verbs() == [(Verb.RELOAD, "chat")]
+    assert world.verbs() == [(Verb.RELOAD, ONE)]
     assert world.chat.message == "not healthy", "the reason stays readable while it is loaded again"
     world.end(Verb.RELOAD, Verdict.SUCCEEDED)
     assert (world.chat.state, world.chat.message) == ("Loaded", None)
@@ -102,7 +104,7 @@ def test_model_that_keeps_dying_is_reloaded_with_growing_pauses_and_forgiven_whe
         world.look(2.5)
         world.end(Verb.PROBE, Verdict.FAILED, "died")
         pauses.append(world.chat.retry_at - world.now)
-        assert world.verbs(pauses[-1] + 0.5) == [(Verb.RELOAD, "chat")]
+        assert world.verbs(pauses[-1] + 0.5) == [(Verb.RELOAD, ONE)]
         world.end(Verb.RELOAD, Verdict.SUCCEEDED)
     assert pauses == [0.0, 5.0, 10.0]
     for _ in range(30):
@@ -117,10 +119,10 @@ def test_failing_load_is_retried_with_growing_pauses_and_its_reason_is_kept() ->
     world.end(Verb.LOAD, Verdict.FAILED, "model.onnx.data differs")
     assert (world.chat.state, world.chat.message) == ("FailedToLoad", "model.onnx.data differs")
     assert world.verbs(4.0) == []
-    assert world.verbs(1.5) == [(Verb.LOAD, "chat")]
+    assert world.verbs(1.5) == [(Verb.LOAD, ONE)]
     world.end(Verb.LOAD, Verdict.FAILED, "still")
     assert world.verbs(9.0) == []
-    assert world.verbs(1.5) == [(Verb.LOAD, "chat")]
+    assert world.verbs(1.5) == [(Verb.LOAD, ONE)]
     assert [pause_s(n) for n in (1, 2, 3, 7, 50)] == [5, 10, 20, 300, 300]
 
 
@@ -129,40 +131,75 @@ def test_changed_files_are_tried_at_once() -> None:
     world.look()
     world.end(Verb.LOAD, Verdict.FAILED, "damaged")
     assert world.verbs() == []
-    world.desired = {"chat": Desired(1, 8, 120)}
-    assert world.verbs() == [(Verb.LOAD, "chat")]
+    world.desired = {ONE: Desired("a", 8, 120)}
+    assert world.verbs() == [(Verb.LOAD, ONE)]
 
 
 def test_changed_files_of_a_loaded_model_change_nothing() -> None:
     world = World()
     world.load()
-    world.desired = {"chat": Desired(1, 8, 120)}
+    world.desired = {ONE: Desired("a", 8, 120)}
     assert world.verbs(0.5) == []
     assert world.chat.state == "Loaded"
 
 
-def test_new_version_is_loaded_while_the_old_one_serves() -> None:
+def test_new_version_is_loaded_beside_the_old_one() -> None:
     world = World()
     world.load()
-    world.desired = {"chat": Desired(2, 9, 120)}
-    assert world.look() == [Action(Verb.LOAD, "chat", 2, 120, is_alone=True)]
+    world.desired = {ONE: CHAT, TWO: Desired("b", 0, 120)}
+    assert world.look() == [Action(Verb.LOAD, TWO, "b", keep=(1,), load_limit_s=120)]
+
+
+def test_one_change_at_a_time_for_each_model_of_triton() -> None:
+    canary = Place("chat.canary", 3)
+    world = World({ONE: CHAT, TWO: CHAT, canary: CHAT})
+    assert world.verbs() == [(Verb.LOAD, ONE), (Verb.LOAD, canary)]
+    assert world.verbs() == []
+    world.index = {ONE: "READY"}
+    world.end(Verb.LOAD, Verdict.SUCCEEDED)
+    assert world.verbs() == [(Verb.LOAD, TWO)]
+
+
+def test_what_is_left_over_is_unloaded_before_anything_is_loaded_and_others_stay() -> None:
+    world = World({ONE: CHAT, Place("chat", 3): CHAT})
+    world.index = {ONE: "READY", TWO: "READY"}
+    assert world.look() == [
+        Action(Verb.UNLOAD, TWO, keep=(1,)),
+        Action(Verb.PROBE, ONE, "a", keep=(2,), load_limit_s=120),
+    ]
+    world.end(Verb.UNLOAD, Verdict.FAILED, "no", TWO)
+    assert world.verbs(1.0) == [(Verb.LOAD, Place("chat", 3))], "and tried again after a pause"
+    world.end(Verb.LOAD, Verdict.SUCCEEDED, place=Place("chat", 3))
+    assert (Verb.UNLOAD, TWO) in world.verbs(10.0)
+
+
+def test_version_that_triton_loads_anew_by_itself_answers_on_and_may_get_stuck() -> None:
+    world = World()
+    world.load()
+    world.index = {ONE: "LOADING"}
+    assert world.verbs(100) == [] and world.chat.state == "Loaded"
+    assert world.verbs(119) == []
+    assert world.verbs(2) == [(Verb.RESTART_TRITON, ONE)]
+
+
+def test_another_folder_under_the_same_number_is_another_version() -> None:
+    world = World()
+    world.look()
+    world.end(Verb.LOAD, Verdict.FAILED, "damaged")
+    world.desired = {ONE: Desired("b", 9, 120)}
+    assert world.verbs() == [(Verb.LOAD, ONE)]
+    assert world.chat.num_failures == 0
 
 
 def test_removed_model_is_unloaded_and_forgotten() -> None:
     world = World()
     world.load()
     world.desired = {}
-    assert world.verbs() == [(Verb.UNLOAD, "chat")]
+    assert world.verbs() == [(Verb.UNLOAD, ONE)]
     assert world.verbs() == []
     world.end(Verb.UNLOAD, Verdict.SUCCEEDED)
+    world.index = {ONE: "UNLOADING"}
     assert world.records == {} and world.verbs() == []
-
-
-def test_foreign_models_in_tritons_index_are_left_alone() -> None:
-    world = World()
-    world.load()
-    world.index = {("chat", 1): "READY", ("somebody_elses", 1): "READY"}
-    assert world.verbs(0.5) == []
 
 
 def test_nothing_is_done_while_triton_is_away_and_everything_is_loaded_when_it_is_back() -> None:
@@ -172,14 +209,14 @@ def test_nothing_is_done_while_triton_is_away_and_everything_is_loaded_when_it_i
     assert world.verbs(2.5) == []
     assert (world.chat.state, world.chat.reason) == ("Pending", "RuntimeUnhealthy")
     world.index = {}
-    assert world.verbs() == [(Verb.LOAD, "chat")]
+    assert world.verbs() == [(Verb.LOAD, ONE)]
 
 
 def test_triton_that_was_restarted_between_two_looks_is_given_its_models_again() -> None:
     world = World()
     world.load()
     world.index = {}
-    assert world.verbs() == [(Verb.LOAD, "chat")]
+    assert world.verbs() == [(Verb.LOAD, ONE)]
 
 
 def test_load_that_meets_a_dying_triton_is_no_failure_of_the_model() -> None:
@@ -187,7 +224,7 @@ def test_load_that_meets_a_dying_triton_is_no_failure_of_the_model() -> None:
     world.look()
     world.end(Verb.LOAD, Verdict.UNKNOWN, "Triton does not answer")
     assert (world.chat.state, world.chat.num_failures) == ("Pending", 0)
-    assert world.verbs(1.5) == [(Verb.LOAD, "chat")]
+    assert world.verbs(1.5) == [(Verb.LOAD, ONE)]
 
 
 def test_probe_that_finds_no_triton_changes_nothing() -> None:
@@ -202,17 +239,17 @@ def test_probe_that_finds_no_triton_changes_nothing() -> None:
 def test_load_that_never_ends_restarts_triton_and_then_waits(begun_by_us: bool) -> None:
     world = World()
     if not begun_by_us:
-        world.index = {("chat", 1): "LOADING"}
+        world.index = {ONE: "LOADING"}
     world.look()
-    world.index = {("chat", 1): "LOADING"}
+    world.index = {ONE: "LOADING"}
     assert world.chat.state == "Loading"
     assert world.verbs(119) == []
-    assert world.verbs(2) == [(Verb.RESTART_TRITON, "chat")]
+    assert world.verbs(2) == [(Verb.RESTART_TRITON, ONE)]
     world.end(Verb.RESTART_TRITON, Verdict.FAILED, "took too long")
     assert world.chat.state == "FailedToLoad"
     world.index = {}
     assert world.verbs(1) == []
-    assert world.verbs(5) == [(Verb.LOAD, "chat")]
+    assert world.verbs(5) == [(Verb.LOAD, ONE)]
 
 
 def test_triton_that_hangs_is_restarted() -> None:
@@ -223,8 +260,9 @@ def test_triton_that_hangs_is_restarted() -> None:
 
 
 def test_slow_load_of_one_model_delays_no_other() -> None:
-    world = World(chat=CHAT, large=Desired(1, 1, 600))
-    assert {model for _, model in world.verbs()} == {"chat", "large"}
-    world.index = {("chat", 1): "READY", ("large", 1): "LOADING"}
+    large = Place("large", 1)
+    world = World({ONE: CHAT, large: Desired("l", 1, 600)})
+    assert {place for _, place in world.verbs()} == {ONE, large}
+    world.index = {ONE: "READY", large: "LOADING"}
     world.end(Verb.LOAD, Verdict.SUCCEEDED)
-    assert world.verbs(300) == [(Verb.PROBE, "chat")]
+    assert world.verbs(300) == [(Verb.PROBE, ONE)]

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from control_plane.errors import BadRequest
+from control_plane.artifacts import ArtifactStore
+from control_plane.errors import BadRequest, NotFound
 from control_plane.registry.model_directory import (
     InstallError,
     check_name,
+    ensure_installed,
+    fingerprint,
     install,
     installed_models,
-    refresh_configs,
+    remove_version,
     render_config,
+    write_config,
 )
+from control_plane.registry.places import Place
 from triton_backend.protocol import INPUTS, OUTPUTS
 from triton_backend.version_folder import seal
 
@@ -44,7 +50,7 @@ def test_installed_version_is_listed_with_its_folder(version_folder: Path, repos
     model = install(version_folder, repository, "chat", 1)
     assert (model.name, model.version, model.folder) == ("chat", 1, repository / "chat" / "1")
     assert installed_models(repository) == [model]
-    assert sorted(path.name for path in (repository / "chat").iterdir()) == ["1", "config.pbtxt"]
+    assert sorted(path.name for path in (repository / "chat").iterdir()) == ["1", "adapters", "config.pbtxt"]
 
 
 def test_install_shares_no_bytes_with_its_source(version_folder: Path, repository: Path) -> None:
@@ -81,16 +87,18 @@ def test_failed_copy_leaves_nothing(version_folder: Path, repository: Path, monk
     monkeypatch.setattr(os, "rename", full_disk)
     with pytest.raises(InstallError, match="No space left"):
         install(version_folder, repository, "chat", 1)
-    assert list((repository / "chat").iterdir()) == []
+    assert [path.name for path in (repository / "chat").iterdir()] == ["adapters"]
 
 
-@pytest.mark.parametrize("name", ["", "Chat", "../chat", "a/b", ".hidden", "-x", "a" * 65, "chat\n", "größe"])
+@pytest.mark.parametrize(
+    "name", ["", "Chat", "../chat", "a/b", ".hidden", "-x", "a" * 65, "chat\n", "größe", "chat.canary"]
+)
 def test_names_that_could_leave_the_repository_are_refused(name: str, version_folder: Path, repository: Path) -> None:
     with pytest.raises(BadRequest, match="not allowed"):
         install(version_folder, repository, name, 1)
 
 
-@pytest.mark.parametrize("name", ["a", "chat", "qwen2.5-0.5b_instruct", "chat.canary", "0"])
+@pytest.mark.parametrize("name", ["a", "chat", "qwen2.5-0.5b_instruct", "canary", "0"])
 def test_usual_names_are_allowed(name: str) -> None:
     assert check_name(name) == name
 
@@ -101,11 +109,57 @@ def test_version_numbers_begin_at_1(version: int, version_folder: Path, reposito
         install(version_folder, repository, "chat", version)
 
 
-def test_highest_version_is_served(version_folder: Path, repository: Path) -> None:
+def test_a_model_is_listed_with_its_highest_version(version_folder: Path, repository: Path) -> None:
     for version in (2, 10, 9):
         install(version_folder, repository, "chat", version)
     assert [model.version for model in installed_models(repository)] == [10]
-    assert "versions: 10\n" in (repository / "chat" / "config.pbtxt").read_text()
+
+
+def test_config_names_the_versions_to_load(version_folder: Path, repository: Path) -> None:
+    install(version_folder, repository, "chat", 1)
+    write_config(repository, "chat", [1, 4])
+    assert re.findall(r"versions: (\d+)", (repository / "chat" / "config.pbtxt").read_text()) == ["1", "4"]
+
+
+def test_version_is_fetched_from_the_store_and_copied_from_beside(
+    version_folder: Path, repository: Path, tmp_path: Path
+) -> None:
+    store = ArtifactStore(str(tmp_path / "store"))
+    digest = store.put(version_folder)
+    canary, chat = Place("chat.canary", 2), Place("chat", 2)
+    ensure_installed(repository, store, canary, digest)
+    copy = repository / "chat.canary" / "2" / "model.onnx.data"
+    assert copy.read_bytes() == bytes(1000) and copy.stat().st_nlink == 1
+    store.delete(digest)
+    ensure_installed(repository, store, chat, digest)
+    assert copy.stat().st_nlink == 1 and (repository / "chat" / "2" / "sub" / "more.json").is_file()
+    (repository / "chat" / "adapters" / "mine").mkdir()
+    assert (repository / "chat.canary" / "adapters" / "mine").is_dir()
+    remove_version(repository, canary)
+    remove_version(repository, canary)
+    assert not copy.parent.exists() and (repository / "chat" / "2" / "model.onnx.data").is_file()
+
+
+def test_what_is_not_the_wanted_version_is_replaced(version_folder: Path, repository: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "store"))
+    digest = store.put(version_folder)
+    place = Place("chat", 1)
+    (repository / "chat" / "1").mkdir(parents=True)
+    (repository / "chat" / "1" / "half").touch()
+    assert fingerprint(repository / "chat" / "1") == 0
+    ensure_installed(repository, store, place, digest)
+    assert not (repository / "chat" / "1" / "half").exists() and fingerprint(repository / "chat" / "1") > 0
+    with pytest.raises(NotFound, match="is not in"):
+        ensure_installed(repository, store, place, "0" * 64)
+
+
+def test_damaged_copy_beside_is_not_copied(version_folder: Path, repository: Path, tmp_path: Path) -> None:
+    store = ArtifactStore(str(tmp_path / "store"))
+    digest = store.put(version_folder)
+    ensure_installed(repository, store, Place("chat", 1), digest)
+    (repository / "chat" / "1" / "model.onnx.data").write_bytes(b"damaged")
+    ensure_installed(repository, store, Place("chat.canary", 1), digest)
+    assert (repository / "chat.canary" / "1" / "model.onnx.data").read_bytes() == bytes(1000)
 
 
 def test_half_made_directories_are_not_models(version_folder: Path, repository: Path) -> None:
@@ -117,15 +171,17 @@ def test_half_made_directories_are_not_models(version_folder: Path, repository: 
     install(version_folder, repository, "chat", 1)
     (repository / "chat" / ".2.staged-1").mkdir()
     (repository / "chat" / ".2.staged-1" / "manifest.json").touch()
+    install(version_folder, repository, "other", 1)
+    (repository / "other").rename(repository / "chat.canary")
     assert [(model.name, model.version) for model in installed_models(repository)] == [("chat", 1)]
     assert installed_models(repository / "absent") == []
 
 
 def test_fingerprint_follows_every_file(version_folder: Path, repository: Path) -> None:
     model = install(version_folder, repository, "chat", 1)
-    before = model.fingerprint
+    before = fingerprint(model.folder)
     os.utime(model.folder / "sub" / "more.json", ns=(before + 10**9, before + 10**9))
-    assert model.fingerprint > before
+    assert fingerprint(model.folder) > before
 
 
 def test_config_declares_exactly_the_tensors_of_the_protocol() -> None:
@@ -145,13 +201,3 @@ def test_config_declares_exactly_the_tensors_of_the_protocol() -> None:
     assert [(group.kind, group.count) for group in config.instance_group] == [
         (model_config_pb2.ModelInstanceGroup.KIND_MODEL, 1)
     ]
-
-
-def test_config_of_an_older_release_is_rewritten(version_folder: Path, repository: Path) -> None:
-    install(version_folder, repository, "chat", 1)
-    config = repository / "chat" / "config.pbtxt"
-    current = config.read_text()
-    config.write_text('name: "chat"')
-    assert refresh_configs(repository) == ["chat"]
-    assert config.read_text() == current
-    assert refresh_configs(repository) == []

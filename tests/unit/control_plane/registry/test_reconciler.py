@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flask import Flask
+from sqlalchemy.exc import OperationalError
 
+from control_plane import create_app
+from control_plane.artifacts import artifact_store
 from control_plane.errors import ControlPlaneError, RequestTimeout, ServingError
-from control_plane.registry import model_processes, serving_state
-from control_plane.registry.model_directory import install
+from control_plane.extensions import db
+from control_plane.registry import deployments, model_processes, services, serving_state
+from control_plane.registry.model_directory import ensure_installed, is_sealed
+from control_plane.registry.places import Place
 from control_plane.registry.reconciler import Reconciler
-from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState
+from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ServingState
+from control_plane.registry.tables import Deployment
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
-from triton_backend.version_folder import seal
+from triton_backend.version_folder import digest, seal
 
 pytestmark = pytest.mark.unit
 
 
 class RecordingTriton(FakeTriton):
-    """Remembers what it was told; ``load_error`` makes loads fail."""
+    """Loads what config.pbtxt says and remembers what it was told; ``load_error`` makes loads of a version fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, repository: Path) -> None:
         super().__init__({})
+        self.repository = repository
         self.orders: list[str] = []
-        self.load_error: ControlPlaneError | None = None
+        self.load_errors: dict[int, ControlPlaneError] = {}
 
     def load(self, name: str, timeout_s: float = 1.0) -> None:
-        self.orders.append(f"load {name}")
-        if self.load_error is not None:
-            raise self.load_error
+        config = (self.repository / name / "config.pbtxt").read_text()
+        versions = [int(number) for number in re.findall(r"versions: (\d+)", config)]
+        self.orders.append(f"load {name} {versions}")
+        for version in versions:
+            if version in self.load_errors:
+                raise self.load_errors[version]
+            if not is_sealed(self.repository / name / str(version)):
+                raise ServingError(f"INTERNAL: a file of version {version} differs")
         super().load(name)
+        self.versions[name] = versions
+        self.digests |= {(name, v): digest(self.repository / name / str(v)) for v in versions}
         self.probe_error = None
 
     def unload(self, name: str, timeout_s: float = 1.0) -> None:
@@ -42,38 +62,82 @@ class RecordingTriton(FakeTriton):
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    settings = Settings.from_environment(
+    return Settings.from_environment(
         {
             "LLMOS_HOME": str(tmp_path / "home"),
             "LLMOS_MODEL_REPOSITORY": str(tmp_path / "models"),
             "LLMOS_PROBE_INTERVAL_S": "0.05",
+            "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0",
         }
     )
-    folder = tmp_path / "version"
-    folder.mkdir()
-    (folder / "model.onnx").touch()
-    seal(folder, source={}, environment={})
-    install(folder, settings.model_repository, "chat", 1)
-    return settings
 
 
 @pytest.fixture
-def triton() -> Iterator[RecordingTriton]:
-    triton = RecordingTriton()
+def triton(settings: Settings) -> Iterator[RecordingTriton]:
+    triton = RecordingTriton(settings.model_repository)
     yield triton
     triton.close()
 
 
 @pytest.fixture
-def tick_until(settings: Settings, triton: RecordingTriton) -> Callable[[Callable[[ModelState], bool]], ModelState]:
-    reconciler = Reconciler(settings, triton)
+def app(settings: Settings, triton: RecordingTriton) -> Flask:
+    app = create_app(settings, triton)
+    with app.app_context():
+        db.create_all()
+    return app
 
-    def run(is_reached: Callable[[ModelState], bool]) -> ModelState:
+
+@pytest.fixture
+def publish(app: Flask, tmp_path: Path) -> Callable[..., None]:
+    """Store and register the next version of a model; the first one is production."""
+
+    def publish(name: str = "chat", certificate: dict[str, Any] | None = None) -> None:
+        folder = tmp_path / "exported" / f"{name}{len(list(tmp_path.glob('exported/*')))}"
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_text(folder.name)
+        proof = {"summary": {"passed": True}, **(certificate or {})}
+        (folder / "certificate.json").write_text(json.dumps(proof))
+        seal(folder, source={}, environment={})
+        with app.app_context():
+            artifact_store(app.config["SETTINGS"]).put(folder)
+            deployments.adopt_production(name, services.register(name, folder).number)
+
+    return publish
+
+
+@pytest.fixture
+def deploy(app: Flask, settings: Settings) -> Callable[..., int]:
+    def deploy(kind: str, number: int | None = None, weight: float | None = None) -> int:
+        with app.app_context():
+            serving = serving_state.read(settings)
+            return deployments.deploy("chat", kind, serving, number=number, weight=weight, warm=timedelta(hours=1)).id
+
+    return deploy
+
+
+@pytest.fixture
+def state_of(app: Flask) -> Callable[[int], Deployment]:
+    def state_of(deployment_id: int) -> Deployment:
+        with app.app_context():
+            return deployments.get_deployment("chat", deployment_id)
+
+    return state_of
+
+
+Look = Callable[[Callable[[ServingState], object]], ServingState]
+
+
+@pytest.fixture
+def tick_until(app: Flask, settings: Settings, publish: Callable[..., None]) -> Look:
+    publish()
+    reconciler = Reconciler(app)
+
+    def run(is_reached: Callable[[ServingState], object]) -> ServingState:
         deadline = time.monotonic() + 20
         while True:
             reconciler.tick()
-            state = serving_state.read(settings).models.get("chat")
-            if state is not None and is_reached(state):
+            state = serving_state.read(settings)
+            if is_reached(state):
                 return state
             assert time.monotonic() < deadline, state
             time.sleep(0.01)
@@ -81,14 +145,134 @@ def tick_until(settings: Settings, triton: RecordingTriton) -> Callable[[Callabl
     return run
 
 
-def test_installed_model_is_loaded_and_said_to_be(tick_until, triton: RecordingTriton) -> None:
-    assert tick_until(lambda state: state.state == LOADED).version == 1
-    assert triton.orders == ["load chat"]
+def is_loaded(*places: tuple[str, int]) -> Callable[[ServingState], bool]:
+    """Exactly these places are wanted, and all of them are loaded."""
+
+    def reached(state: ServingState) -> bool:
+        found = {tuple(place): known.state for place, known in state.places.items()}
+        return found == dict.fromkeys(places, LOADED)
+
+    return reached
+
+
+CHAT_1, CHAT_2, CANARY_2 = ("chat", 1), ("chat", 2), ("chat.canary", 2)
+
+
+def test_production_is_fetched_loaded_and_said_to_be(tick_until: Look, triton: RecordingTriton) -> None:
+    state = tick_until(is_loaded(CHAT_1))
+    assert (state.models["chat"].version, state.models["chat"].state) == (1, LOADED)
+    assert triton.orders == ["load chat [1]"]
+
+
+def test_promoted_version_is_loaded_beside_tested_and_moved_without_a_gap(
+    tick_until: Look, triton: RecordingTriton, publish, deploy, state_of
+) -> None:
+    tick_until(is_loaded(CHAT_1))
+    publish()
+    number = deploy("promote", 2)
+    tick_until(is_loaded(CHAT_1, CHAT_2))
+    assert state_of(number).state == "UpToDate"
+    tick_until(lambda _: "chat.canary" not in triton.models)
+    assert triton.orders == ["load chat [1]", "load chat.canary [2]", "load chat [1, 2]", "unload chat.canary"]
+
+
+def test_version_that_was_rolled_back_from_leaves_the_model_and_stays_warm_beside_it(
+    tick_until: Look, triton: RecordingTriton, publish, deploy
+) -> None:
+    publish()
+    deploy("promote", 2)
+    tick_until(is_loaded(CHAT_1, CHAT_2))
+    deploy("rollback")
+    tick_until(lambda state: is_loaded(CHAT_1, CANARY_2)(state) and triton.versions["chat"] == [1])
+    assert deploy("promote", 2) and triton.versions["chat.canary"] == [2]
+
+
+def test_version_that_fails_to_load_blocks_its_deployment_and_leaves_everything_else(
+    tick_until: Look, triton: RecordingTriton, publish, deploy, state_of
+) -> None:
+    tick_until(is_loaded(CHAT_1))
+    publish()
+    triton.load_errors[2] = ServingError("INTERNAL: out of memory\n\nAt:\n  /srv/model.py(31): initialize\n")
+    number = deploy("promote", 2)
+    tick_until(lambda _: state_of(number).state != "InProgress")
+    blocked = state_of(number)
+    assert (blocked.state, blocked.failure_reason) == ("BlockedByFailedLoad", "ModelLoadFailed")
+    assert blocked.failure_message == "INTERNAL: out of memory"
+    tick_until(is_loaded(CHAT_1))
+    assert triton.orders == ["load chat [1]", "load chat.canary [2]", "unload chat.canary"]
+
+
+def test_version_that_does_not_give_its_proven_answers_is_not_served(
+    tick_until: Look, triton: RecordingTriton, publish, deploy, state_of
+) -> None:
+    right = {"prompt_ids": [5, 6, 7], "token_ids": [0, 1, 2]}
+    publish(certificate={"tokens": [right, {"prompt_ids": [5], "token_ids": [9, 9]}]})
+    publish(certificate={"tokens": [{"prompt_ids": [5], "token_ids": [9, 9]}]})
+    good, bad = deploy("promote", 2), None
+    tick_until(lambda _: state_of(good).state == "UpToDate")
+    bad = deploy("promote", 3)
+    tick_until(lambda _: state_of(bad).state != "InProgress")
+    message = state_of(bad).failure_message
+    assert message is not None
+    assert "smoke test" in message and "[0, 1]; expected [9, 9]" in message
+
+
+def test_damaged_folder_is_replaced_from_the_store(tick_until: Look, triton: RecordingTriton) -> None:
+    tick_until(is_loaded(CHAT_1))
+    folder = triton.repository / "chat" / "1"
+    (folder / "model.onnx").write_text("damaged")
+    triton.models.clear()
+    tick_until(lambda state: is_sealed(folder) and is_loaded(CHAT_1)(state) and triton.models)
+    assert set(triton.orders) == {"load chat [1]"}
+
+
+def test_deleted_folder_of_a_loaded_version_is_put_back(tick_until: Look, triton: RecordingTriton) -> None:
+    tick_until(is_loaded(CHAT_1))
+    shutil.rmtree(triton.repository / "chat" / "1")
+    tick_until(lambda _: is_sealed(triton.repository / "chat" / "1"))
+    tick_until(is_loaded(CHAT_1))
+
+
+def test_engine_that_serves_other_files_is_reloaded(tick_until: Look, triton: RecordingTriton, monkeypatch) -> None:
+    monkeypatch.setattr(model_processes, "kill_server", lambda _: triton.models.clear())
+    tick_until(is_loaded(CHAT_1))
+    triton.digests[CHAT_1] = "somebody else's"
+    tick_until(lambda _: triton.orders.count("load chat [1]") == 2)
+    tick_until(is_loaded(CHAT_1))
+
+
+def test_what_was_wanted_is_wanted_still_while_the_database_is_away(
+    tick_until: Look, triton: RecordingTriton, monkeypatch
+) -> None:
+    tick_until(is_loaded(CHAT_1))
+
+    def away() -> None:
+        raise OperationalError("SELECT", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(deployments, "intents", away)
+    triton.models.clear()
+    tick_until(lambda _: triton.orders == ["load chat [1]"] * 2)
+    tick_until(is_loaded(CHAT_1))
+
+
+def test_new_reconciler_unloads_what_its_predecessor_left_over(
+    tick_until: Look, triton: RecordingTriton, publish, settings: Settings, app: Flask
+) -> None:
+    publish()
+    store = artifact_store(settings)
+    with app.app_context():
+        wanted = services.get_version("chat", 2).digest
+    ensure_installed(settings.model_repository, store, Place("chat.canary", 2), wanted)
+    triton.models["chat.canary"] = triton.models["resnet"] = word_by_word
+    triton.versions["chat.canary"] = [2]
+    tick_until(lambda _: "unload chat.canary" in triton.orders)
+    tick_until(is_loaded(CHAT_1))
+    assert "resnet" in triton.models, "somebody else's model"
 
 
 @pytest.mark.parametrize("error", [ServingError("Stub process 'chat_0_0' is not healthy."), RequestTimeout("too late")])
 def test_model_that_answers_no_probe_is_reloaded_beside_others_and_else_with_all_of_triton(
-    tick_until, triton: RecordingTriton, settings: Settings, monkeypatch: pytest.MonkeyPatch, error: ControlPlaneError
+    tick_until: Look, triton: RecordingTriton, publish, monkeypatch: pytest.MonkeyPatch, error: ControlPlaneError
 ) -> None:
     def kill_server(_: Settings) -> None:
         triton.orders.append("kill server")
@@ -96,36 +280,46 @@ def test_model_that_answers_no_probe_is_reloaded_beside_others_and_else_with_all
         triton.probe_error = None
 
     monkeypatch.setattr(model_processes, "kill_server", kill_server)
-    tick_until(lambda state: state.state == LOADED)
+    tick_until(is_loaded(CHAT_1))
     triton.probe_error = error
-    state = tick_until(lambda state: state.state == LOADED and state.num_failures == 1)
-    assert triton.orders == ["load chat", "kill server", "load chat"]
-    assert state.message is None
+    state = tick_until(lambda state: is_loaded(CHAT_1)(state) and state.models["chat"].num_failures == 1)
+    assert triton.orders == ["load chat [1]", "kill server", "load chat [1]"]
+    assert state.models["chat"].message is None
 
-    install(settings.home.parent / "version", settings.model_repository, "other", 1)
-    tick_until(lambda _: "load other" in triton.orders)
+    publish("other")
+    tick_until(is_loaded(CHAT_1, ("other", 1)))
     triton.orders.clear()
     triton.probe_error = error
-    tick_until(lambda _: {"unload chat", "load chat"} <= set(triton.orders))
+    tick_until(lambda _: {"unload chat", "load chat [1]"} <= set(triton.orders))
     assert "kill server" not in triton.orders
 
 
-def test_refused_load_is_told_without_its_traceback_and_tried_again_later(tick_until, triton: RecordingTriton) -> None:
-    triton.load_error = ServingError("INTERNAL: model.onnx.data differs\n\nAt:\n  /srv/model.py(31): initialize\n")
-    state = tick_until(lambda state: state.state == FAILED_TO_LOAD)
-    assert (state.reason, state.message) == ("ModelLoadFailed", "INTERNAL: model.onnx.data differs")
-    assert triton.orders == ["load chat"]
+def test_refused_load_is_told_without_its_traceback_and_tried_again_later(
+    tick_until: Look, triton: RecordingTriton
+) -> None:
+    triton.load_errors[1] = ServingError("INTERNAL: no such operator\n\nAt:\n  /srv/model.py(31): initialize\n")
+    state = tick_until(lambda state: "chat" in state.models and state.models["chat"].state == FAILED_TO_LOAD)
+    assert (state.models["chat"].reason, state.models["chat"].message) == (
+        "ModelLoadFailed",
+        "INTERNAL: no such operator",
+    )
+    assert triton.orders == ["load chat [1]", "unload chat"]
 
 
-def test_triton_that_is_away_is_waited_for(tick_until, triton: RecordingTriton, settings: Settings) -> None:
+def test_triton_that_is_away_is_waited_for(tick_until: Look, triton: RecordingTriton) -> None:
     triton.is_running = False
-    tick_until(lambda state: state.state == "Pending")
-    assert not serving_state.read(settings).triton_is_reachable
+    state = tick_until(lambda state: "chat" in state.models and state.models["chat"].state == "Pending")
+    assert not state.triton_is_reachable
     triton.is_running = True
-    tick_until(lambda state: state.state == LOADED)
+    tick_until(is_loaded(CHAT_1))
 
 
-def test_model_that_serves_already_is_not_loaded_again(tick_until, triton: RecordingTriton) -> None:
-    triton.models["chat"] = word_by_word
-    tick_until(lambda state: state.state == LOADED)
+def test_version_that_serves_already_is_not_loaded_again(
+    tick_until: Look, triton: RecordingTriton, app: Flask, settings: Settings
+) -> None:
+    with app.app_context():
+        wanted = services.get_version("chat", 1).digest
+    ensure_installed(settings.model_repository, artifact_store(settings), Place("chat", 1), wanted)
+    triton.models["chat"], triton.digests[CHAT_1] = word_by_word, wanted
+    tick_until(is_loaded(CHAT_1))
     assert triton.orders == []

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import httpx
 import pytest
 from sqlalchemy import select
 
-from control_plane import create_app
-from control_plane.artifacts import ArtifactStore
 from control_plane.auth.services import create_key
 from control_plane.auth.tables import AuditEvent
-from control_plane.client import ApiError, ControlPlane
-from control_plane.errors import BadRequest, Conflict
+from control_plane.client import ApiError
+from control_plane.errors import BadRequest
 from control_plane.extensions import db
-from control_plane.registry import services, serving_state
+from control_plane.registry import deployments, services, serving_state
+from control_plane.registry.places import Place
 from control_plane.registry.serving_state import LOADED, ModelState, ServingState
-from control_plane.triton_fake import FakeTriton
-from triton_backend.version_folder import seal
+from tests.unit.control_plane.registry.conftest import sealed
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def app(settings):
-    app = create_app(settings, FakeTriton({}))
-    with app.app_context():
-        db.create_all()
-        yield app
-
-
-@pytest.fixture
-def llmos(app):
-    return ControlPlane("http://llmos", create_key("o", "operator"), transport=httpx.WSGITransport(app))
-
-
-def sealed(folder: Path, salt: str, passed: bool | None = True) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "model.json").write_text(json.dumps({"model": {"architecture": "Tiny", "precision": "fp32"}, "s": salt}))
-    if passed is not None:
-        summary = {"passed": passed, "num_tokens_compared": 64, "max_logit_difference": 1e-5}
-        (folder / "certificate.json").write_text(json.dumps({"summary": summary}))
-    seal(folder, {"checkpoint": salt}, {})
-    return folder
 
 
 def test_versions_count_up_and_the_same_folder_is_the_same_version(app, tmp_path):
@@ -72,44 +43,18 @@ def test_a_bad_name_registers_nothing(app, tmp_path, name):
     assert services.find_models(None, None, 10) == []
 
 
-def test_installed_versions_are_stored_and_registered_once_under_their_number(app, settings, tmp_path):
-    sealed(settings.model_repository / "starter" / "3", "s")
-    (settings.model_repository / "starter" / "config.pbtxt").write_text("")
-    store = ArtifactStore(str(tmp_path / "store"))
-    (adopted,) = services.adopt_installed(settings, store)
-    assert (adopted.model.name, adopted.number) == ("starter", 3)
-    assert store.digests() == [adopted.digest]
-    assert services.adopt_installed(settings, store) == []
-    assert services.register("starter", sealed(tmp_path / "b", "b")).number == 4
-
-
-def test_a_damaged_installed_version_is_left_out(app, settings, tmp_path):
-    folder = sealed(settings.model_repository / "starter" / "3", "s")
-    (folder.parent / "config.pbtxt").write_text("")
-    (folder / "model.json").write_text("changed")
-    assert services.adopt_installed(settings, ArtifactStore(str(tmp_path / "store"))) == []
-    assert services.find_models(None, None, 10) == []
-
-
-def test_an_installed_version_whose_number_is_taken_is_left_out(app, settings, tmp_path):
-    services.register("starter", sealed(tmp_path / "published", "p"))
-    sealed(settings.model_repository / "starter" / "1", "s")
-    (settings.model_repository / "starter" / "config.pbtxt").write_text("")
-    assert services.adopt_installed(settings, ArtifactStore(str(tmp_path / "store"))) == []
-    assert [version.number for version in services.find_versions("starter", None, 10)] == [1]
-    with pytest.raises(Conflict, match="has another version 1"):
-        services.register("starter", settings.model_repository / "starter" / "1", number=1)
-
-
 def test_the_api_shows_models_versions_proofs_and_what_is_served(app, llmos, settings, tmp_path):
     for salt in "ab":
         services.register("chat", sealed(tmp_path / salt, salt))
-    serving_state.write(settings, ServingState({"chat": ModelState(1, LOADED, 0.0)}, True, 0.0))
+    deployments.adopt_production("chat", 1)
+    serving_state.write(settings, ServingState({}, True, 0.0, {Place("chat", 1): ModelState(1, LOADED, 0.0)}))
     (model,) = llmos.models()
     assert (model["name"], model["num_versions"], model["newest"]["version"]) == ("chat", 2, 2)
+    assert (model["serving"]["version"], model["serving"]["state"]) == (1, "Loaded")
     versions = llmos.versions("chat")
     assert [version["version"] for version in versions] == [2, 1]
-    assert [version["serving"] and version["serving"]["state"] for version in versions] == [None, "Loaded"]
+    assert [version["serving"]["state"] for version in versions] == ["Standby", "Loaded"]
+    assert [version["aliases"] for version in versions] == [[], ["production"]]
     assert llmos.version("chat", 1) == versions[1]
     assert versions[0]["certificate"]["num_tokens_compared"] == 64
     assert llmos.models(prefix="ch")[0]["name"] == "chat"
@@ -119,14 +64,25 @@ def test_the_api_shows_models_versions_proofs_and_what_is_served(app, llmos, set
 def test_two_people_cannot_undo_each_others_edit(app, llmos, tmp_path):
     services.register("chat", sealed(tmp_path / "a", "a"))
     read = llmos.model("chat")
-    assert llmos.describe_model("chat", "first", read["revision"])["revision"] == 2
+    assert llmos.edit_model("chat", read["revision"], description="first")["revision"] == 2
     with pytest.raises(ApiError, match="read it again") as refused:
-        llmos.describe_model("chat", "second", read["revision"])
+        llmos.edit_model("chat", read["revision"], description="second")
     assert (refused.value.status, llmos.model("chat")["description"]) == (412, "first")
-    assert llmos.describe_model("chat", "third")["description"] == "third"
+    assert llmos.edit_model("chat", description="third")["description"] == "third"
 
 
-@pytest.mark.parametrize("body", [b"{}", b'{"description": 1}', b'{"name": "x"}', b'{"description": "' + b"x" * 20000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"description": 1}',
+        b'{"name": "x"}',
+        b'{"description": "' + b"x" * 20000,
+        b'{"thresholds": {"perplexity.bits": {}}}',
+        b'{"thresholds": {"perplexity.bits": {"max": NaN}}}',
+        b'{"thresholds": {"no metric": {"max": 1}}}',
+    ],
+)
 def test_a_bad_edit_is_refused(app, tmp_path, body):
     services.register("chat", sealed(tmp_path / "a", "a"))
     client = app.test_client()

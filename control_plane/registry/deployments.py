@@ -1,0 +1,396 @@
+"""Changing what is served: promote, roll back, canary, abort, withdraw, retire; and what is wanted as a consequence.
+
+    deploy ──► InProgress ──► UpToDate              the version is loaded: alias, history and audit in one transaction
+                    │──────► BlockedByFailedLoad    it could not be loaded; what was served is still served
+                    └──────► Superseded             another deployment of the same alias came before
+
+A deployment is an intent. Its version is loaded by the reconciler because of it; ``advance`` ends it as soon as the
+version is loaded anywhere, at once if it is already. Every write names the state it expects, so the web server and the
+reconciler may both advance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import joinedload
+
+from control_plane.auth import audit
+from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, PreconditionFailed
+from control_plane.extensions import db, now
+from control_plane.registry import gate
+from control_plane.registry.desired import ModelIntent
+from control_plane.registry.model_directory import NAME
+from control_plane.registry.services import get_model, get_version
+from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
+from control_plane.registry.tables import (
+    BLOCKED,
+    CANARY,
+    IN_PROGRESS,
+    PRODUCTION,
+    SUPERSEDED,
+    UP_TO_DATE,
+    Alias,
+    Deployment,
+    Evaluation,
+    Model,
+    Version,
+)
+
+KINDS = {"promote": PRODUCTION, "rollback": PRODUCTION, "canary": CANARY, "abort": CANARY, "withdraw": PRODUCTION}
+ENDINGS = ("abort", "withdraw")
+"""What a deployment may be, and the alias that it moves; endings remove it and need nothing to be loaded."""
+RESERVED = (PRODUCTION, CANARY)
+MAX_REASON = 1000
+MIN_REASON = 5
+
+log = structlog.get_logger(__name__)
+
+
+def deploy(
+    name: str,
+    kind: str,
+    serving: ServingState,
+    *,
+    number: int | None = None,
+    weight: float | None = None,
+    reason: str | None = None,
+    force: bool = False,
+    may_force: bool = False,
+    warm: timedelta = timedelta(0),
+    revision: int | None = None,
+    actor: str | None = None,
+) -> Deployment:
+    """Begin a deployment, and end it at once if its version is loaded.
+
+    ``number`` may be left out for a rollback (the version before) and for another weight of the canary there is.
+    ``revision`` is the production alias's as it was read: a change meanwhile is refused. Raises BadRequest, NotFound,
+    Forbidden, Conflict if the gate objects or there is nothing to do, PreconditionFailed.
+    """
+    if kind not in KINDS:
+        raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(KINDS)}")
+    model = get_model(name)
+    production, canary = _alias(model, PRODUCTION), _alias(model, CANARY)
+    if revision is not None and revision != (production.revision if production else 0):
+        raise PreconditionFailed(f"what model {name!r} serves was changed by somebody else meanwhile; read it again")
+    version = _target(model, kind, number, production, canary)
+    _check(kind, version, weight, production)
+    # What was served before, and the canary that there is, went through the gate then.
+    is_known = kind in ("rollback", *ENDINGS) or (kind == "canary" and canary is not None and canary.version is version)
+    overridden = [] if is_known else _objections(model, version, reason, force, may_force)
+    alias = canary if KINDS[kind] == CANARY else production
+    deployment = Deployment(
+        model_id=model.id,
+        kind=kind,
+        alias=KINDS[kind],
+        version_id=version.id,
+        previous_version_id=alias.version_id if alias else None,
+        weight=weight,
+        overridden=overridden,
+        reason=reason,
+        created_by=actor or audit.current_actor(),
+    )
+    db.session.add(deployment)
+    db.session.flush()
+    audit.record(f"deployment.{kind}", f"{name}/{version.number}", actor, weight=weight, overridden=overridden)
+    db.session.commit()
+    advance(serving, warm)
+    db.session.refresh(deployment)
+    return deployment
+
+
+def advance(serving: ServingState, warm: timedelta) -> None:
+    """End the deployments whose version is loaded, or could not be; called again and again.
+
+    ``warm`` is how long the version that is replaced stays loaded.
+    """
+    query = select(Deployment).where(Deployment.state == IN_PROGRESS).order_by(Deployment.id.desc())
+    related = (joinedload(Deployment.model), joinedload(Deployment.version))
+    seen = set()
+    for deployment in db.session.scalars(query.options(*related)).all():
+        target = (deployment.model_id, deployment.alias)
+        if target in seen:
+            _end(deployment, SUPERSEDED)
+            db.session.commit()
+            continue
+        seen.add(target)
+        found = serving.where(deployment.model.name, deployment.version.number)
+        if deployment.kind in ENDINGS or (found is not None and found[1].state == LOADED):
+            _finish(deployment, warm)
+        elif found is not None and _failed_since(found[1], deployment.created_at):
+            _block(deployment, found[1].reason, found[1].message)
+    db.session.rollback()
+
+
+def intents() -> list[ModelIntent]:
+    """What is wanted of every model of which anything is wanted; read by the reconciler."""
+    production: dict[str, int] = {}
+    wanted: dict[str, dict[int, str]] = {}
+    columns = (Model.name, Version.number, Version.digest)
+    of_alias = select(*columns, Alias.name).join(Alias.version).join(Version.model).where(Alias.name.in_(RESERVED))
+    for name, number, digest, alias in db.session.execute(of_alias):
+        wanted.setdefault(name, {})[number] = digest
+        if alias == PRODUCTION:
+            production[name] = number
+    of_others = select(*columns).join(Version.model).where(Version.retired_at.is_(None))
+    in_progress = select(Deployment.version_id).where(Deployment.state == IN_PROGRESS, Deployment.kind.not_in(ENDINGS))
+    for name, number, digest in db.session.execute(
+        of_others.where((Version.warm_until > now()) | Version.id.in_(in_progress))
+    ):
+        wanted.setdefault(name, {})[number] = digest
+    db.session.rollback()
+    return [ModelIntent(name, production.get(name), versions) for name, versions in sorted(wanted.items())]
+
+
+def history(name: str, before: int | None, limit: int) -> list[Deployment]:
+    """Newest first; ``before`` is the last id of the page before."""
+    query = select(Deployment).where(Deployment.model_id == get_model(name).id).order_by(Deployment.id.desc())
+    if before is not None:
+        query = query.where(Deployment.id < before)
+    related = (Deployment.model, Deployment.version, Deployment.previous_version)
+    return list(db.session.scalars(query.options(*map(joinedload, related)).limit(limit)))
+
+
+def get_deployment(name: str, deployment_id: int) -> Deployment:
+    """Raises NotFound."""
+    query = select(Deployment).where(Deployment.model_id == get_model(name).id, Deployment.id == deployment_id)
+    deployment = db.session.scalar(query)
+    if deployment is None:
+        raise NotFound(f"model {name!r} has no deployment {deployment_id}; GET …/deployments lists those it has")
+    return deployment
+
+
+def aliases_of(models: Iterable[Model]) -> dict[int, list[Alias]]:
+    """Aliases by the id of their model, by name."""
+    ids = [model.id for model in models]
+    found: dict[int, list[Alias]] = {model_id: [] for model_id in ids}
+    query = select(Alias).where(Alias.model_id.in_(ids)).order_by(Alias.name).options(joinedload(Alias.version))
+    for alias in db.session.scalars(query):
+        found[alias.model_id].append(alias)
+    return found
+
+
+def set_alias(name: str, alias_name: str, number: int, revision: int | None = None) -> Alias:
+    """Point an alias of a person's own to a version. Raises BadRequest, NotFound, Conflict, PreconditionFailed."""
+    _check_alias_name(alias_name)
+    model, version = get_model(name), get_version(name, number)
+    alias = _alias(model, alias_name)
+    if revision is not None and revision != (alias.revision if alias else 0):
+        raise PreconditionFailed(f"alias {alias_name!r} was changed by somebody else meanwhile; read it again")
+    _point(model, alias_name, version, None)
+    audit.record("alias.set", f"{name}@{alias_name}", version=number)
+    _commit_alias(alias_name)
+    found = _alias(model, alias_name)
+    assert found is not None
+    return found
+
+
+def delete_alias(name: str, alias_name: str) -> None:
+    """Raises NotFound, Conflict for those that deployments move."""
+    _check_alias_name(alias_name)
+    alias = _alias(get_model(name), alias_name)
+    if alias is None:
+        raise NotFound(f"model {name!r} has no alias {alias_name!r:.100}; GET /api/v1/models/{name} shows those it has")
+    db.session.delete(alias)
+    audit.record("alias.delete", f"{name}@{alias_name}")
+    db.session.commit()
+
+
+def retire(name: str, number: int) -> Version:
+    """Never serve a version again; garbage collection may remove its files. Conflict while an alias points to it."""
+    version = get_version(name, number)
+    pointing = list(db.session.scalars(select(Alias.name).where(Alias.version_id == version.id)))
+    query = select(Deployment.id).where(Deployment.version_id == version.id, Deployment.state == IN_PROGRESS)
+    if pointing:
+        raise Conflict(f"version {number} of {name!r} is {', '.join(pointing)}; move that first")
+    if db.session.scalar(query.limit(1)) is not None:
+        raise Conflict(f"version {number} of {name!r} is being deployed; wait for that, or deploy another")
+    if version.retired_at is None:
+        version.retired_at, version.warm_until = now(), None
+        audit.record("version.retire", f"{name}/{number}")
+        db.session.commit()
+    return version
+
+
+def adopt_production(name: str, number: int) -> None:
+    """Make an installed version production, unless somebody has ever decided what the model serves; without a gate."""
+    model, version = get_model(name), get_version(name, number)
+    if db.session.scalar(select(Deployment.id).where(Deployment.model_id == model.id).limit(1)) is not None:
+        return
+    actor = audit.current_actor()
+    db.session.add(
+        Deployment(
+            model_id=model.id,
+            kind="promote",
+            alias=PRODUCTION,
+            version_id=version.id,
+            state=UP_TO_DATE,
+            overridden=[],
+            reason="it was installed",
+            created_by=actor,
+            finished_at=now(),
+        )
+    )
+    _point(model, PRODUCTION, version, None)
+    audit.record("alias.set", f"{name}@{PRODUCTION}", version=number)
+    db.session.commit()
+
+
+def served_models() -> list[str]:
+    """Names of the models that have a production version."""
+    query = select(Model.name).join(Alias, Alias.model_id == Model.id).where(Alias.name == PRODUCTION)
+    return list(db.session.scalars(query.order_by(Model.name)))
+
+
+def _target(model: Model, kind: str, number: int | None, production: Alias | None, canary: Alias | None) -> Version:
+    if kind == "withdraw":
+        if production is None:
+            raise Conflict(f"model {model.name!r} is not served")
+        return production.version
+    if kind == "abort" or (kind == "canary" and number is None):
+        if canary is None:
+            raise Conflict(f"model {model.name!r} has no canary; deploy one with kind 'canary' and a version")
+        return canary.version
+    if number is not None:
+        return get_version(model.name, number)
+    if kind == "rollback":
+        return _version_before(model, production)
+    raise BadRequest("version is missing; expected the number of the version to promote")
+
+
+def _version_before(model: Model, production: Alias | None) -> Version:
+    """What was served before the version that is served now."""
+    query = select(Deployment).where(
+        Deployment.model_id == model.id,
+        Deployment.alias == PRODUCTION,
+        Deployment.state == UP_TO_DATE,
+        Deployment.version_id == (production.version_id if production else None),
+        Deployment.previous_version_id.is_not(None),
+    )
+    last = db.session.scalar(query.order_by(Deployment.id.desc()).limit(1))
+    if last is None or last.previous_version is None:
+        raise Conflict(f"model {model.name!r} has served no version before this one; promote the one you want")
+    return last.previous_version
+
+
+def _check(kind: str, version: Version, weight: float | None, production: Alias | None) -> None:
+    if version.retired_at is not None:
+        raise Conflict(f"version {version.number} is retired and never served again; publish it anew")
+    is_production = production is not None and production.version_id == version.id
+    if kind in ("promote", "rollback", "canary") and is_production:
+        raise Conflict(f"version {version.number} is production already")
+    if kind == "rollback" and production is None:
+        raise Conflict("the model has no production version; promote one")
+    if (weight is not None) != (kind == "canary"):
+        raise BadRequest("weight is the canary's percentage of requests: expected with kind 'canary', and only then")
+    if weight is not None and not (math.isfinite(weight) and 0 <= weight <= 100):
+        raise BadRequest(f"weight has value {weight}; expected 0 to 100, in percent of the requests")
+
+
+def _objections(model: Model, version: Version, reason: str | None, force: bool, may_force: bool) -> list[str]:
+    """What the gate says, if it may be overridden; raises Conflict or Forbidden if not."""
+    evaluations = db.session.scalars(select(Evaluation).where(Evaluation.version_id == version.id)).all()
+    objections = gate.objections(model, version, evaluations)
+    if not objections:
+        return []
+    said = f"version {version.number} of {model.name!r} may not be served: {'; '.join(objections)}"
+    if not force:
+        raise Conflict(f"{said}. An admin can force it, with a reason")
+    if not may_force:
+        raise Forbidden(f"{said}. Forcing it needs the role 'admin'")
+    if reason is None or len(reason.strip()) < MIN_REASON:
+        raise BadRequest(f"reason is missing; forcing needs one of at least {MIN_REASON} characters: {said}")
+    return objections
+
+
+def _finish(deployment: Deployment, warm: timedelta) -> None:
+    """Alias, history and audit in one transaction; nothing if somebody else was faster."""
+    model, version = deployment.model, deployment.version
+    alias, production = _alias(model, deployment.alias), _alias(model, PRODUCTION)
+    previous = alias.version if alias else None
+    is_pointless = deployment.kind == "canary" and production is not None and production.version_id == version.id
+    state = SUPERSEDED if is_pointless else UP_TO_DATE
+    if not _end(deployment, state, previous_version_id=previous.id if previous else None) or is_pointless:
+        db.session.commit()
+        return
+    if deployment.kind in ENDINGS:
+        _remove(model, RESERVED if deployment.kind == "withdraw" else (CANARY,))
+        is_version = Version.model_id == model.id if deployment.kind == "withdraw" else Version.id == version.id
+        db.session.execute(update(Version).where(is_version).values(warm_until=None))
+    else:
+        _point(model, deployment.alias, version, deployment.weight)
+        if previous is not None and previous.id != version.id:
+            previous.warm_until = now() + warm if deployment.alias == PRODUCTION else None
+        if deployment.alias == PRODUCTION:
+            # A canary that is promoted has done its work.
+            _remove(model, (CANARY,), Alias.version_id == version.id)
+    details: dict[str, Any] = {"version": None if deployment.kind in ENDINGS else version.number}
+    audit.record("alias.set", f"{model.name}@{deployment.alias}", deployment.created_by, **details)
+    try:
+        db.session.commit()
+    except IntegrityError:
+        db.session.rollback()  # The alias was made by somebody else just now; the next look moves it.
+        return
+    log.info("deployed", model=model.name, kind=deployment.kind, version=version.number, id=deployment.id)
+
+
+def _failed_since(state: ModelState, at: datetime) -> bool:
+    """A failure from before a deployment says nothing about it."""
+    return state.state == FAILED_TO_LOAD and state.since >= at.replace(tzinfo=UTC).timestamp()
+
+
+def _block(deployment: Deployment, reason: str | None, message: str | None) -> None:
+    if _end(deployment, BLOCKED, failure_reason=reason, failure_message=message):
+        db.session.commit()
+        log.warning("deployment_blocked", model=deployment.model.name, id=deployment.id, reason=message)
+
+
+def _end(deployment: Deployment, state: str, **values: Any) -> bool:
+    """Compare and set, in the current transaction: whether it was in progress."""
+    changed = db.session.execute(
+        update(Deployment)
+        .where(Deployment.id == deployment.id, Deployment.state == IN_PROGRESS)
+        .values(state=state, finished_at=now(), **values)
+    )
+    return bool(changed.rowcount)  # type: ignore[attr-defined]
+
+
+def _alias(model: Model, alias_name: str) -> Alias | None:
+    return db.session.scalar(select(Alias).where(Alias.model_id == model.id, Alias.name == alias_name))
+
+
+def _point(model: Model, alias_name: str, version: Version, weight: float | None) -> None:
+    alias = _alias(model, alias_name)
+    if alias is None:
+        db.session.add(Alias(model_id=model.id, name=alias_name, version_id=version.id, weight=weight))
+        return
+    alias.version_id, alias.weight, alias.updated_at = version.id, weight, now()
+    alias.revision += 1
+
+
+def _remove(model: Model, names: Sequence[str], *conditions: ColumnElement[bool]) -> None:
+    db.session.execute(delete(Alias).where(Alias.model_id == model.id, Alias.name.in_(names), *conditions))
+
+
+def _commit_alias(alias_name: str) -> None:
+    try:
+        db.session.commit()
+    except IntegrityError:
+        db.session.rollback()
+        raise Conflict(f"alias {alias_name!r} was made by somebody else at the same time; read it again") from None
+
+
+def _check_alias_name(alias_name: str) -> None:
+    if not NAME.fullmatch(alias_name) or alias_name.isdigit():
+        raise BadRequest(
+            f"alias {alias_name!r:.100} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit, and not a number"
+        )
+    if alias_name in RESERVED:
+        raise Conflict(f"alias {alias_name!r} is moved by deployments only; POST …/deployments")
