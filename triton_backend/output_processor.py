@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from triton_backend.protocol import GenerateResponse, SequenceOutput
+from triton_backend.protocol import GenerateResponse, PromptToken, SequenceOutput
 from triton_backend.sequence import FinishReason, RequestState, Sequence
 from triton_backend.sequence_text import SequenceText, text_of
 from triton_backend.tokenizer import Tokenizer
@@ -62,14 +62,16 @@ class RequestOutput:
         has_news = any(output.text or output.token_ids for output in outputs)
         if not state.is_finished and not has_news:
             return None
-        is_first, self._is_first = self._is_first, False
+        tells_prompt = self._is_first and bool(state.prompt_logprobs)
+        self._is_first = False
         return GenerateResponse(
             request_id=state.request.request_id,
             outputs=outputs,
             num_input_tokens=state.num_input_tokens,
             finished=state.is_finished,
             metrics=metrics if state.is_finished else {},
-            prompt_logprobs=tuple(state.prompt_logprobs) if is_first and state.prompt_logprobs else None,
+            prompt_logprobs=tuple(state.prompt_logprobs) if tells_prompt else None,
+            prompt_tokens=prompt_tokens(state.lead, self._tokenizer) if tells_prompt else (),
         )
 
     def _is_due(self) -> bool:
@@ -95,3 +97,12 @@ class RequestOutput:
         if self._state.params.is_beam:
             return text_of(sequence.output_ids, sequence.is_at_end_token, sequence.params, self._tokenizer)
         return self._texts[sequence].release(sequence.is_finished)
+
+
+def prompt_tokens(sequence: Sequence, tokenizer: Tokenizer) -> tuple[PromptToken, ...]:
+    """Every token of the prompt of ``sequence`` with the text that it adds."""
+    stream = tokenizer.stream(sequence.params.skip_special_tokens)
+    texts = [stream.append(token_id) for token_id in sequence.prompt_ids]
+    texts[-1] += stream.flush()
+    pairs = zip(sequence.prompt_ids, texts, strict=True)
+    return tuple(PromptToken(token_id, tokenizer.token_text(token_id), text) for token_id, text in pairs)

@@ -12,6 +12,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,12 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         (1,),
         "with the parameter of that name, once: JSON list, null and then as logprobs, one per further prompt token",
     ),
+    TensorSpec(
+        "prompt_tokens",
+        "TYPE_STRING",
+        (1,),
+        "with prompt_logprobs: JSON list, {token_id, decoded_token, text} per prompt token; texts join to the prompt",
+    ),
     TensorSpec("sequence_scores", "TYPE_FP32", (-1,), "beams: cumulative_logprob / length ** length_penalty"),
 )
 
@@ -154,6 +161,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class PromptToken:
+    """One token of the prompt, by itself and in the text: ``text`` is what it adds to the text that the prompt's tokens
+    make, so all of them joined are that text. It is empty for special tokens, and until a character is whole.
+    """
+
+    token_id: int
+    decoded_token: str
+    text: str
+
+
+@dataclass(frozen=True)
 class SequenceOutput:
     """What one of a request's n sequences has new since the last response (everything, when not streaming).
 
@@ -174,7 +192,8 @@ class SequenceOutput:
 class GenerateResponse:
     """One message to the client; ``finished`` on the last. An ``error`` (``CODE: message``) is always the last.
 
-    ``prompt_logprobs`` come once, with the first response: None for the first token, then one tuple per token.
+    ``prompt_logprobs`` and ``prompt_tokens`` come once, with the first response: the former is None for the first
+    token, then one tuple per token.
     """
 
     request_id: str
@@ -184,6 +203,7 @@ class GenerateResponse:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 def parse_request(
@@ -236,6 +256,7 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
         tensors["prompt_logprobs"] = [
             json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])
         ]
+        tensors["prompt_tokens"] = [json.dumps([dataclasses.asdict(token) for token in response.prompt_tokens])]
     if request.return_metrics and response.finished:
         tensors["request_metrics"] = [json.dumps(dict(response.metrics))]
     return tensors
