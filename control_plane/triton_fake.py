@@ -129,4 +129,5 @@ def _prompt(call: GenerateCall) -> dict[str, Any]:
 
 
 def _alternatives(token_id: int) -> tuple[TokenLogprob, ...]:
-    return (TokenLogprob(token_id, -0.5, 1, f"w{token_id} "), TokenLogprob(99, -1.5, 2, "other"))
+    offset = sum(len(f"w{i} ") for i in range(token_id))
+    return (TokenLogprob(token_id, -0.5, 1, f"w{token_id} ", offset), TokenLogprob(99, -1.5, 2, "other"))

@@ -92,7 +92,8 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "logprobs",
         "TYPE_STRING",
         (-1,),
-        "per sequence a JSON list, one object per new token: {token_id: {logprob, rank, decoded_token}}",
+        "per sequence a JSON list, one object per new token: {token_id: {logprob, rank, decoded_token}}; "
+        "the generated token comes first and has a text_offset, too",
     ),
     TensorSpec("num_input_tokens", "TYPE_UINT32", (1,), "length of the prompt"),
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,), "new tokens in this response, per sequence"),
@@ -152,12 +153,18 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of one token; ``rank`` 1 is the most likely token of the vocabulary."""
+    """Log probability of one token; ``rank`` 1 is the most likely token of the vocabulary.
+
+    ``text_offset``, of a token that was generated, is where it begins among the characters that its sequence generated,
+    those of a stop string included. It cannot be told from ``decoded_token``: halves of characters and spaces at the
+    beginning read otherwise alone.
+    """
 
     token_id: int
     logprob: float
     rank: int
     decoded_token: str
+    text_offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -263,9 +270,12 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
 
 
 def _logprobs_json(alternatives: tuple[TokenLogprob, ...]) -> dict[str, dict[str, Any]]:
-    return {
-        str(t.token_id): {"logprob": t.logprob, "rank": t.rank, "decoded_token": t.decoded_token} for t in alternatives
-    }
+    documents = {}
+    for token in alternatives:
+        document = {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.decoded_token}
+        offset = {} if token.text_offset is None else {"text_offset": token.text_offset}
+        documents[str(token.token_id)] = {**document, **offset}
+    return documents
 
 
 def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> dict[str, Any]:

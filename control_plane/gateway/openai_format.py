@@ -28,14 +28,14 @@ class ShownToken:
 
 @dataclass
 class Choice:
-    """One growing answer. ``text_offset`` is where its next token begins in the text that the client sees."""
+    """One growing answer. ``num_echoed_chars`` are those before the generated text."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     tokens: list[ShownToken] = field(default_factory=list)
     finish_reason: str | None = None
-    text_offset: int = 0
+    num_echoed_chars: int = 0
 
     def echo(self, text: str, response: GenerateResponse) -> None:
         """Begin with the prompt, and with its tokens if their log probabilities were asked for.
@@ -48,15 +48,15 @@ class Choice:
         for token, alternatives in zip(response.prompt_tokens, response.prompt_logprobs or (), strict=True):
             self.tokens.append(ShownToken(token.decoded_token, min(offset, len(text)), alternatives))
             offset += len(token.text)
-        self.text_offset = len(text)
+        self.num_echoed_chars = len(text)
 
     def add(self, output: SequenceOutput) -> None:
         self.text += output.text
         self.token_ids += output.token_ids
         for alternatives in output.logprobs:
-            chosen = alternatives[0].decoded_token
-            self.tokens.append(ShownToken(chosen, self.text_offset, alternatives))
-            self.text_offset += len(chosen)
+            chosen = alternatives[0]
+            offset = self.num_echoed_chars + (chosen.text_offset or 0)
+            self.tokens.append(ShownToken(chosen.decoded_token, offset, alternatives))
         self.finish_reason = output.finish_reason or self.finish_reason
 
     def take(self, with_logprobs: bool) -> dict[str, Any]:

@@ -55,6 +55,30 @@ def test_the_texts_of_a_prompts_tokens_join_to_the_prompt_and_begin_where_the_to
     assert begins == [begin for begin, _ in encoded["offset_mapping"]]
 
 
+def offsets_of(tokenizer, ids: list[int]) -> list[int]:
+    """Where each token begins in the text of all, by decoding every beginning; half a character is none yet."""
+    beginnings = [tokenizer.decode(ids[:i], skip_special_tokens=True) for i in range(len(ids))]
+    return [len(text.rstrip("\ufffd")) for text in beginnings]
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_width": 3, "n": 3, "logprobs": 0}, {"n": 2, "stop": ["é"]}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_generated_tokens_begin_where_the_text_before_them_ends(client, tokenizer, options, stream):
+    # Characters of several tokens, whole ones only, so that no U+FFFD is meant.
+    characters = sorted({i for text in ("🙂", "東", "é", "ab") for i in tokenizer(text)["input_ids"]})
+    grammar = {"structured_outputs": {"regex": "[🙂東é京a]{12}"}}
+    sampling = {} if "beam_width" in options else {"temperature": 1.0, "seed": 3}
+    asked = {"max_tokens": 40, "logprobs": 1, **grammar, **sampling, **options}
+    responses = list(client.submit("x", stream=stream, **asked))
+    num_outputs = len(responses[-1].outputs)
+    for index in range(num_outputs):
+        parts = [response.outputs[index] for response in responses]
+        ids = [token_id for part in parts for token_id in part.token_ids]
+        found = [alternatives[0].text_offset for part in parts for alternatives in part.logprobs]
+        assert found == offsets_of(tokenizer, ids)
+        assert len(set(ids) & set(characters)) > 2 and len(set(found)) < len(found)
+
+
 @pytest.mark.parametrize("as_ids", [False, True])
 @pytest.mark.parametrize("max_tokens", [0, 5])
 def test_echoed_log_probabilities_are_those_of_the_original(gateway, tokenizer, original, as_ids, max_tokens):
