@@ -6,13 +6,15 @@ ControlPlaneError at any point. It says whether a request was closed before its 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any
 
 from control_plane.errors import ClientGone, ControlPlaneError, ModelNotReady, NotFound, TritonUnavailable
 from control_plane.triton import TritonClient
 from control_plane.triton_wire import GenerateCall, IndexEntry, ProbeResult
-from triton_backend.protocol import GenerateResponse, SequenceOutput, TokenLogprob
+from triton_backend.protocol import GenerateResponse, PromptToken, SequenceOutput, TokenLogprob
 
 Script = Callable[[GenerateCall], Iterable[GenerateResponse]]
 
@@ -114,7 +116,8 @@ def word_by_word(call: GenerateCall, pause_s: float = 0.0) -> Iterable[GenerateR
         )
         outputs = tuple(_with_index(output, index) for index in range(num_sequences))
         metrics = {"cached_tokens": 0, "engine_uptime_s": 60.0, "digest": "fake"} if finished else {}
-        yield GenerateResponse(call.request_id, outputs, num_input_tokens, finished, metrics)
+        prompt = _prompt(call) if start == 0 and "prompt_logprobs" in call.sampling else {}
+        yield GenerateResponse(call.request_id, outputs, num_input_tokens, finished, metrics, **prompt)
 
 
 def _with_index(output: SequenceOutput, index: int) -> SequenceOutput:
@@ -127,5 +130,15 @@ def _with_index(output: SequenceOutput, index: int) -> SequenceOutput:
     )
 
 
+def _prompt(call: GenerateCall) -> dict[str, Any]:
+    """Words of a text, each with the space before it, or "t5 " for token 5; "🙂" is two tokens, as halves of it are."""
+    texts = [f"t{i} " for i in call.input_ids] if call.text is None else re.findall(r"\s*\S+", call.text)
+    halves = [half for text in texts for half in (("", text) if text.strip() == "🙂" else (text,))]
+    tokens = tuple(PromptToken(i, text or "\ufffd", text) for i, text in enumerate(halves))
+    logprobs = [(TokenLogprob(t.token_id, -0.25, 1, t.decoded_token),) for t in tokens]
+    return {"prompt_tokens": tokens, "prompt_logprobs": (None, *logprobs[1:])}
+
+
 def _alternatives(token_id: int) -> tuple[TokenLogprob, ...]:
-    return (TokenLogprob(token_id, -0.5, 1, f"w{token_id} "), TokenLogprob(99, -1.5, 2, "other"))
+    offset = sum(len(f"w{i} ") for i in range(token_id))
+    return (TokenLogprob(token_id, -0.5, 1, f"w{token_id} ", offset), TokenLogprob(99, -1.5, 2, "other"))

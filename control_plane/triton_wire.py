@@ -30,7 +30,7 @@ from control_plane.errors import (
     ServingError,
     TritonUnavailable,
 )
-from triton_backend.protocol import GenerateResponse, SequenceOutput, TokenLogprob
+from triton_backend.protocol import GenerateResponse, PromptToken, SequenceOutput, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def generate_response(response: service_pb2.ModelInferResponse) -> GenerateRespo
             text=text,
             token_ids=tuple(islice(ids, count)),
             finish_reason=None if reason == "None" else reason,
-            logprobs=_logprobs(alternatives),
+            logprobs=tuple(map(_alternatives, json.loads(alternatives or "[]"))),
         )
         for index, (text, count, reason, alternatives) in enumerate(zip(texts, counts, reasons, logprobs, strict=True))
     )
@@ -133,6 +133,8 @@ def generate_response(response: service_pb2.ModelInferResponse) -> GenerateRespo
         num_input_tokens=next(iter(tensors.get("num_input_tokens", [])), 0),
         finished=response.parameters["triton_final_response"].bool_param,
         metrics=json.loads(tensors["request_metrics"][0]) if "request_metrics" in tensors else {},
+        prompt_logprobs=_prompt_logprobs(tensors["prompt_logprobs"][0]) if "prompt_logprobs" in tensors else None,
+        prompt_tokens=tuple(PromptToken(**token) for token in json.loads(tensors.get("prompt_tokens", ["[]"])[0])),
     )
 
 
@@ -193,9 +195,11 @@ def _tensors(response: service_pb2.ModelInferResponse) -> dict[str, list[Any]]:
     return tensors
 
 
-def _logprobs(text: str) -> tuple[tuple[TokenLogprob, ...], ...]:
-    """One tuple per new token, the chosen token first, from {token_id: {logprob, rank, decoded_token}} objects."""
-    return tuple(
-        tuple(TokenLogprob(token_id=int(token_id), **values) for token_id, values in token.items())
-        for token in json.loads(text or "[]")
-    )
+def _prompt_logprobs(text: str) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
+    """None for the first token, which nothing predicts."""
+    return tuple(token and _alternatives(token) for token in json.loads(text))
+
+
+def _alternatives(token: Mapping[str, Mapping[str, Any]]) -> tuple[TokenLogprob, ...]:
+    """What could stand at one place, the chosen token first, from {token_id: {logprob, rank, decoded_token}}."""
+    return tuple(TokenLogprob(token_id=int(token_id), **values) for token_id, values in token.items())

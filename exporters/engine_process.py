@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters.errors import EngineFailed
+from exporters.errors import EngineFailed, RequestRefused
 from exporters.prompts import Prompt
 from exporters.usage import peak_rss_bytes_of
 from triton_backend.config import VersionConfig
@@ -32,11 +34,16 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "repetition_penalty": 1.0, "no_r
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """What one request gave: its tokens and the engine's timing (``prefill_s``, ``decode_s``, …)."""
+    """What one request gave: its tokens, their text and the engine's timing (``prefill_s``, ``decode_s``, …).
+
+    ``prompt_logprobs``, if asked for, are those of the prompt's tokens from the second on.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     metrics: Mapping[str, Any]
+    text: str = ""
+    prompt_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class EngineProcess:
             env={**os.environ, "PYTHONPATH": path},
         )
         self.peak_rss_bytes: int | None = None
+        # Answers are taken as they come: an engine that waits for us to read them would not read what we write.
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name="engine-answers", daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -80,47 +91,60 @@ class EngineProcess:
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+        self._reader.join()
         self._process.stdout.close()
         self._stderr.close()
 
     def submit(self, request_id: str, input_ids: Sequence[int], num_new_tokens: int) -> None:
-        line = {
-            "id": request_id,
-            "input_ids": list(input_ids),
-            "sampling_parameters": {**GREEDY, "max_tokens": num_new_tokens},
-        }
+        sampling = {**GREEDY, "max_tokens": num_new_tokens}
+        self.ask(request_id, {"input_ids": list(input_ids), "sampling_parameters": sampling})
+
+    def ask(self, request_id: str, request: Mapping[str, Any]) -> None:
+        """Send any request that ``python -m triton_backend`` reads."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.write(json.dumps({"id": request_id, **request}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._failed("ended before it took a request") from None
 
     def receive(self) -> EngineAnswer:
-        """Wait for the next request to finish; raises EngineFailed if it, or the engine, failed."""
-        assert self._process.stdout is not None
-        # Responses are JSON objects; what does not look like one was printed by a library.
-        line = next((line for line in self._process.stdout if line.startswith("{")), None)
+        """Wait for the next request to finish; raises RequestRefused, or EngineFailed if the engine ended."""
+        line = self._answers.get()
         if line is None:
+            self._answers.put(None)
             raise self._failed("ended before it answered every request")
         try:
             answer = json.loads(line)
             if "error" in answer:
-                raise EngineFailed(f"the engine refused request {answer.get('id')!r}: {answer['error']}")
+                raise RequestRefused(str(answer.get("id")), str(answer["error"]))
             output = answer["outputs"][0]
-            return EngineAnswer(str(answer["id"]), tuple(output["token_ids"]), dict(answer.get("metrics") or {}))
+            return EngineAnswer(
+                str(answer["id"]),
+                tuple(output["token_ids"]),
+                dict(answer.get("metrics") or {}),
+                output["text"],
+                tuple(answer.get("prompt_logprobs", ())[1:]),
+            )
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise self._failed(f"answered {line[:200]!r}, which is not a response ({error!r})") from error
 
     def finish(self) -> None:
         """Let the engine end by itself; raises EngineFailed if it does not do so with exit code 0."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         self.peak_rss_bytes = peak_rss_bytes_of(self._process.pid)
         self._process.stdin.close()
-        self._process.stdout.read()
+        self._reader.join()
         self._process.wait()
         if self._process.returncode != 0:
             raise self._failed(f"ended with exit code {self._process.returncode}")
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):  # responses are JSON objects; anything else was printed by a library
+                self._answers.put(line)
+        self._answers.put(None)
 
     def _failed(self, what: str) -> EngineFailed:
         self._stderr.flush()

@@ -7,7 +7,9 @@
     ├── UnsafeCheckpoint        UNSAFE_CHECKPOINT         exporting would run code or leave the folder
     ├── UnsupportedArchitecture UNSUPPORTED_ARCHITECTURE  a sound checkpoint that we cannot export
     ├── InvalidVersion          INVALID_VERSION           a version folder that is changed, unsafe or has no proof
-    ├── EngineFailed            ENGINE_FAILED             the engine could not run the version to certify it
+    ├── InvalidData             INVALID_DATA              a data file that cannot be read, with the line
+    ├── EngineFailed            ENGINE_FAILED             the engine could not run the version
+    │   └── RequestRefused                                one request that it would not run
     ├── OutOfSpace              OUT_OF_SPACE              the disk is full, or a file may not grow so large
     ├── InvalidAdapter          INVALID_ADAPTER           incomplete or damaged, or made for another base
     └── UnsupportedAdapter      UNSUPPORTED_ADAPTER       a sound adapter that the version has no slot for
@@ -55,8 +57,21 @@ class UnsupportedAdapter(ExportError):
     code = "UNSUPPORTED_ADAPTER"
 
 
+class InvalidData(ExportError):
+    code = "INVALID_DATA"
+
+
 class EngineFailed(ExportError):
     code = "ENGINE_FAILED"
+
+
+class RequestRefused(EngineFailed):
+    """``reason`` is the engine's own sentence, its code included."""
+
+    def __init__(self, request_id: str, reason: str) -> None:
+        super().__init__(f"the engine refused request {request_id!r}: {reason}")
+        self.request_id = request_id
+        self.reason = reason
 
 
 class OutOfSpace(ExportError):

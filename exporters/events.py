@@ -83,4 +83,4 @@ def cancel_on_signals() -> None:
 
 
 def _cancel(signum: int, frame: FrameType | None) -> NoReturn:
-    raise ExportCancelled(f"{signal.Signals(signum).name} stopped the export; nothing was written")
+    raise ExportCancelled(f"{signal.Signals(signum).name} stopped the work; nothing was written")

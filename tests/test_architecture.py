@@ -28,6 +28,7 @@ RANKS = (
     {"jobs"},
     {"datasets", "registry"},
     {"training"},
+    {"evaluation"},
     {"gateway", "web", "job_kinds"},
     {"__init__"},
     {"wsgi", "worker", "reconciler"},

@@ -7,6 +7,7 @@ has ended and every answer is written.
     in   {"id": "7", "text": "…" | "input_ids": […], "stream": false, "sampling_parameters": {…}}
     out  {"id": "7", "outputs": [{"index": 0, "text": "…", "token_ids": […], "finish_reason": "stop"}],
           "num_input_tokens": 3, "finished": true, "metrics": {…}}   or   {"id": "7", "error": "CODE: message"}
+          with the parameter prompt_logprobs also "prompt_logprobs": [null, -1.25, …], one per token of the prompt
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class LineWriter:
             document["num_input_tokens"] = response.num_input_tokens
             document["finished"] = response.finished
             document["metrics"] = dict(response.metrics)
+            if response.prompt_logprobs is not None:
+                document["prompt_logprobs"] = [token and token[0].logprob for token in response.prompt_logprobs]
         with self._changed:
             print(json.dumps(document), flush=True)
             if response.finished:

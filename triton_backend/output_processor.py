@@ -6,10 +6,14 @@ of beams only the best are returned, so these are told at the end. Owned by the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from itertools import accumulate
 from typing import Any
 
-from triton_backend.protocol import GenerateResponse, SequenceOutput
+from triton_backend.protocol import GenerateResponse, PromptToken, SequenceOutput, TokenLogprob
+from triton_backend.sampling_params import SamplingParams
 from triton_backend.sequence import FinishReason, RequestState, Sequence
 from triton_backend.sequence_text import SequenceText, text_of
 from triton_backend.tokenizer import Tokenizer
@@ -24,11 +28,14 @@ class RequestOutput:
         self._stream_interval = stream_interval
         self._texts = {sequence: SequenceText(sequence.params, tokenizer) for sequence in state.sequences}
         self._num_sent_tokens = dict.fromkeys(state.sequences, 0)
+        self._offsets: dict[Sequence, list[int]] = {sequence: [] for sequence in state.sequences}
         self._is_first = True
 
     def append(self, sequence: Sequence, is_end_token: bool) -> None:
         """Take the sequence's newest token; a completed stop string sets ``finish_reason``."""
         text, params = self._texts[sequence], sequence.params
+        if sequence.logprobs:
+            self._offsets[sequence].append(text.num_chars)
         may_stop = len(sequence.output_ids) > params.min_tokens
         # The token that ended the sequence is not part of the text, as with generate(skip_special_tokens=True).
         if not is_end_token or params.include_stop_str_in_output:
@@ -62,14 +69,16 @@ class RequestOutput:
         has_news = any(output.text or output.token_ids for output in outputs)
         if not state.is_finished and not has_news:
             return None
-        is_first, self._is_first = self._is_first, False
+        tells_prompt = self._is_first and bool(state.prompt_logprobs)
+        self._is_first = False
         return GenerateResponse(
             request_id=state.request.request_id,
             outputs=outputs,
             num_input_tokens=state.num_input_tokens,
             finished=state.is_finished,
             metrics=metrics if state.is_finished else {},
-            prompt_logprobs=tuple(state.prompt_logprobs) if is_first and state.prompt_logprobs else None,
+            prompt_logprobs=tuple(state.prompt_logprobs) if tells_prompt else None,
+            prompt_tokens=prompt_tokens(state.lead, self._tokenizer) if tells_prompt else (),
         )
 
     def _is_due(self) -> bool:
@@ -87,11 +96,36 @@ class RequestOutput:
             token_ids=tuple(sequence.output_ids[sent:]),
             finish_reason=sequence.finish_reason.value if sequence.finish_reason else None,
             cumulative_logprob=sequence.cumulative_logprob,
-            logprobs=tuple(sequence.logprobs[sent:]),
+            logprobs=self._logprobs(sequence, sent),
             score=sequence.score,
+        )
+
+    def _logprobs(self, sequence: Sequence, sent: int) -> tuple[tuple[TokenLogprob, ...], ...]:
+        """Of the tokens behind the first ``sent``, with the place where each begins in the text."""
+        if self._state.params.is_beam:
+            texts = texts_of(sequence.output_ids, sequence.params, self._tokenizer)
+            offsets = [0, *accumulate(map(len, texts))]
+        else:
+            offsets = self._offsets[sequence]
+        return tuple(
+            (dataclasses.replace(chosen, text_offset=offset), *others)
+            for (chosen, *others), offset in zip(sequence.logprobs[sent:], offsets[sent:], strict=False)
         )
 
     def _text(self, sequence: Sequence) -> str:
         if self._state.params.is_beam:
             return text_of(sequence.output_ids, sequence.is_at_end_token, sequence.params, self._tokenizer)
         return self._texts[sequence].release(sequence.is_finished)
+
+
+def prompt_tokens(sequence: Sequence, tokenizer: Tokenizer) -> tuple[PromptToken, ...]:
+    """Every token of the prompt of ``sequence`` with the text that it adds."""
+    pairs = zip(sequence.prompt_ids, texts_of(sequence.prompt_ids, sequence.params, tokenizer), strict=True)
+    return tuple(PromptToken(token_id, tokenizer.token_text(token_id), text) for token_id, text in pairs)
+
+
+def texts_of(token_ids: Items[int], params: SamplingParams, tokenizer: Tokenizer) -> list[str]:
+    """What each token adds to the text that all of them make; a token that ends within a character adds nothing."""
+    stream = tokenizer.stream(params.skip_special_tokens)
+    texts = [stream.append(token_id) for token_id in token_ids]
+    return [*texts[:-1], *(text + stream.flush() for text in texts[-1:])]

@@ -12,6 +12,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "logprobs",
         "TYPE_STRING",
         (-1,),
-        "per sequence a JSON list, one object per new token: {token_id: {logprob, rank, decoded_token}}",
+        "per sequence a JSON list, one object per new token: {token_id: {logprob, rank, decoded_token}}; "
+        "the generated token comes first and has a text_offset, too",
     ),
     TensorSpec("num_input_tokens", "TYPE_UINT32", (1,), "length of the prompt"),
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,), "new tokens in this response, per sequence"),
@@ -108,6 +110,12 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "TYPE_STRING",
         (1,),
         "with the parameter of that name, once: JSON list, null and then as logprobs, one per further prompt token",
+    ),
+    TensorSpec(
+        "prompt_tokens",
+        "TYPE_STRING",
+        (1,),
+        "with prompt_logprobs: JSON list, {token_id, decoded_token, text} per prompt token; texts join to the prompt",
     ),
     TensorSpec("sequence_scores", "TYPE_FP32", (-1,), "beams: cumulative_logprob / length ** length_penalty"),
 )
@@ -145,12 +153,29 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of one token; ``rank`` 1 is the most likely token of the vocabulary."""
+    """Log probability of one token; ``rank`` 1 is the most likely token of the vocabulary.
+
+    ``text_offset``, of a token that was generated, is where it begins among the characters that its sequence generated,
+    those of a stop string included. It cannot be told from ``decoded_token``: halves of characters and spaces at the
+    beginning read otherwise alone.
+    """
 
     token_id: int
     logprob: float
     rank: int
     decoded_token: str
+    text_offset: int | None = None
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One token of the prompt, by itself and in the text: ``text`` is what it adds to the text that the prompt's tokens
+    make, so all of them joined are that text. It is empty for special tokens, and until a character is whole.
+    """
+
+    token_id: int
+    decoded_token: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -174,7 +199,8 @@ class SequenceOutput:
 class GenerateResponse:
     """One message to the client; ``finished`` on the last. An ``error`` (``CODE: message``) is always the last.
 
-    ``prompt_logprobs`` come once, with the first response: None for the first token, then one tuple per token.
+    ``prompt_logprobs`` and ``prompt_tokens`` come once, with the first response: the former is None for the first
+    token, then one tuple per token.
     """
 
     request_id: str
@@ -184,6 +210,7 @@ class GenerateResponse:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 def parse_request(
@@ -236,15 +263,19 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
         tensors["prompt_logprobs"] = [
             json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])
         ]
+        tensors["prompt_tokens"] = [json.dumps([dataclasses.asdict(token) for token in response.prompt_tokens])]
     if request.return_metrics and response.finished:
         tensors["request_metrics"] = [json.dumps(dict(response.metrics))]
     return tensors
 
 
 def _logprobs_json(alternatives: tuple[TokenLogprob, ...]) -> dict[str, dict[str, Any]]:
-    return {
-        str(t.token_id): {"logprob": t.logprob, "rank": t.rank, "decoded_token": t.decoded_token} for t in alternatives
-    }
+    documents = {}
+    for token in alternatives:
+        document = {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.decoded_token}
+        offset = {} if token.text_offset is None else {"text_offset": token.text_offset}
+        documents[str(token.token_id)] = {**document, **offset}
+    return documents
 
 
 def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> dict[str, Any]:

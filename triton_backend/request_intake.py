@@ -96,6 +96,11 @@ class RequestIntake:
         if params.decoder_input_ids and self._model.kind != "encoder_decoder":
             raise InvalidRequest("decoder_input_ids is given, but this model has no encoder; put them into the prompt")
         _check_ids("decoder_input_ids", params.decoder_input_ids, self._model.vocab_size)
+        if params.prompt_logprobs is not None and self._model.kind == "encoder_decoder" and len(prompt_ids) == 1:
+            raise InvalidRequest(
+                f"prompt_logprobs has value {params.prompt_logprobs}, but the source text of an encoder–decoder has no "
+                "log probabilities, so it cannot be echoed with them; leave it out, or give decoder_input_ids"
+            )
         if len(prompt_ids) >= limit:
             raise InvalidRequest(
                 f"the prompt has {len(prompt_ids)} tokens, but the model's context is {limit} tokens and must hold at "

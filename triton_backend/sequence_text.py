@@ -54,12 +54,16 @@ class StopStrings:
 
 
 class SequenceText:
-    """The text of one sequence so far; keeps only what was not released yet."""
+    """The text of one sequence so far; keeps only what was not released yet.
+
+    ``num_chars`` counts what the tokens have made certain, whether or not it was released or cut.
+    """
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self._params = params
         self._stream = tokenizer.stream(params.skip_special_tokens)
         self._stops = StopStrings(params.stop) if params.stop else None
+        self.num_chars = 0
         self._decided: list[str] = []
         self._held = ""
         self._seen = ""  # what was held, and pending in the stream, when stop strings were last looked for
@@ -85,6 +89,7 @@ class SequenceText:
         return text
 
     def _extend(self, new_text: str, may_stop: bool) -> bool:
+        self.num_chars += len(new_text)
         if self._stops is None:
             self._decided.append(new_text)
             return False

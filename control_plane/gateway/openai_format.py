@@ -6,6 +6,7 @@ choice p·n + s.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,34 +17,58 @@ MIN_LOGPROB = -9999.0
 """JSON has no −∞; a token that could not be chosen gets this, as vLLM does."""
 
 
+@dataclass(frozen=True)
+class ShownToken:
+    """One place in OpenAI's four lists. ``alternatives`` has the token itself first; None where nothing predicts it."""
+
+    text: str
+    offset: int
+    alternatives: tuple[TokenLogprob, ...] | None
+
+
 @dataclass
 class Choice:
-    """One growing answer. ``text_offset`` is where its next token begins in the text that the client sees."""
+    """One growing answer. ``num_echoed_chars`` are those before the generated text."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    tokens: list[ShownToken] = field(default_factory=list)
     finish_reason: str | None = None
-    text_offset: int = 0
+    num_echoed_chars: int = 0
+
+    def echo(self, text: str, response: GenerateResponse) -> None:
+        """Begin with the prompt, and with its tokens if their log probabilities were asked for.
+
+        ``text`` is what the client sees of the prompt. A tokenizer may read it with changes (composed characters,
+        spaces at the beginning), so no token begins behind its end.
+        """
+        self.text = text
+        offset = 0
+        for token, alternatives in zip(response.prompt_tokens, response.prompt_logprobs or (), strict=True):
+            self.tokens.append(ShownToken(token.decoded_token, min(offset, len(text)), alternatives))
+            offset += len(token.text)
+        self.num_echoed_chars = len(text)
 
     def add(self, output: SequenceOutput) -> None:
         self.text += output.text
         self.token_ids += output.token_ids
-        self.logprobs += output.logprobs
+        for alternatives in output.logprobs:
+            chosen = alternatives[0]
+            offset = self.num_echoed_chars + (chosen.text_offset or 0)
+            self.tokens.append(ShownToken(chosen.decoded_token, offset, alternatives))
         self.finish_reason = output.finish_reason or self.finish_reason
 
-    def take(self) -> dict[str, Any]:
+    def take(self, with_logprobs: bool) -> dict[str, Any]:
         """What has come since the last take, as OpenAI's choice object."""
-        logprobs, self.text_offset = _logprobs_object(self.logprobs, self.text_offset)
         taken = {
             "index": self.index,
             "text": self.text,
-            "logprobs": logprobs,
+            "logprobs": _logprobs_object(self.tokens) if with_logprobs and self.tokens else None,
             "finish_reason": self.finish_reason,
             "token_ids": self.token_ids,
         }
-        self.text, self.token_ids, self.logprobs = "", [], []
+        self.text, self.token_ids, self.tokens = "", [], []
         return taken
 
 
@@ -70,21 +95,20 @@ class Usage:
         }
 
 
-def _logprobs_object(tokens: Sequence[tuple[TokenLogprob, ...]], text_offset: int) -> tuple[dict[str, Any] | None, int]:
-    """OpenAI's four parallel lists, and the offset after them; the chosen token comes first in each tuple."""
-    if not tokens:
-        return None, text_offset
-    offsets = []
-    for alternatives in tokens:
-        offsets.append(text_offset)
-        text_offset += len(alternatives[0].decoded_token)
-    document = {
-        "tokens": [alternatives[0].decoded_token for alternatives in tokens],
-        "token_logprobs": [_finite(alternatives[0].logprob) for alternatives in tokens],
-        "top_logprobs": [_by_text(alternatives) for alternatives in tokens],
-        "text_offset": offsets,
+def without_tokens(response: GenerateResponse) -> GenerateResponse:
+    """What is left of a response whose request wanted the prompt only."""
+    outputs = tuple(SequenceOutput(output.index, "", finish_reason="length") for output in response.outputs)
+    return dataclasses.replace(response, outputs=outputs)
+
+
+def _logprobs_object(tokens: Sequence[ShownToken]) -> dict[str, Any]:
+    """OpenAI's four parallel lists."""
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.alternatives and _finite(token.alternatives[0].logprob) for token in tokens],
+        "top_logprobs": [token.alternatives and _by_text(token.alternatives) for token in tokens],
+        "text_offset": [token.offset for token in tokens],
     }
-    return document, text_offset
 
 
 def _by_text(alternatives: Sequence[TokenLogprob]) -> dict[str, float]:

@@ -84,11 +84,28 @@ class CompletionRequest(BaseModel):
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the client named, under the engine's names."""
         values = dict(self.model_extra or {})
-        if values.get("max_tokens") is None:
-            values["max_tokens"] = values.get("max_completion_tokens")
+        # The engine computes at least one token; of a prompt alone nobody sees it.
+        values["max_tokens"] = 1 if self.is_prompt_only else self._max_tokens
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
+        if self.needs_prompt_tokens:
+            values["prompt_logprobs"] = self.logprobs or 0
         return {name: value for name, value in values.items() if name in _ENGINE_PARAMETERS and value is not None}
+
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether ``echo`` asks for the prompt and ``max_tokens`` 0 for nothing behind it."""
+        return bool(self.echo) and type(self._max_tokens) is int and self._max_tokens == 0
+
+    @property
+    def needs_prompt_tokens(self) -> bool:
+        """Whether the echo takes more than the text that the client sent."""
+        return bool(self.echo) and (self.logprobs is not None or any(prompt.text is None for prompt in self.prompt))
+
+    @property
+    def _max_tokens(self) -> Any:
+        values = self.model_extra or {}
+        return values.get("max_completion_tokens") if values.get("max_tokens") is None else values["max_tokens"]
 
     @property
     def include_usage(self) -> bool:
@@ -111,10 +128,8 @@ def parse_completion(body: bytes) -> tuple[CompletionRequest, SamplingParams]:
         raise BadRequest(_sentence(error)) from None
     except InvalidRequest as error:
         raise BadRequest(error.args[0]) from None
-    if request.echo and request.logprobs is not None:
-        raise BadRequest("echo with logprobs is not supported yet; leave one of them out")
-    if request.echo and any(prompt.text is None for prompt in request.prompt):
-        raise BadRequest("echo with token ids is not supported yet; send the prompt as text")
+    if request.needs_prompt_tokens and params.decoder_input_ids:
+        raise BadRequest("decoder_input_ids and echo are both given, but what is echoed is the prompt; leave one out")
     if not MODEL_NAME.fullmatch(request.model):
         raise NotFound(f"model {request.model!r:.200} does not exist; GET /v1/models lists those that do")
     return request, params

@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from control_plane.errors import ModelNotReady, NotFound
-from control_plane.gateway.openai_format import Choice, Usage
+from control_plane.gateway.openai_format import Choice, Usage, without_tokens
 from control_plane.gateway.schemas import CompletionRequest
 from control_plane.registry.model_directory import folder_of
 from control_plane.registry.routing import Route, Router
@@ -45,10 +45,8 @@ class Completion:
         self._is_abandoned = is_abandoned
         self._n = params.n
         self._usage = Usage(len(request.prompt))
-        echoed = [prompt.text or "" for prompt in request.prompt for _ in range(params.n)] if request.echo else None
-        self._choices = [
-            Choice(index, text=echoed[index] if echoed else "") for index in range(len(request.prompt) * params.n)
-        ]
+        echoed = [prompt.text or "" if request.echo else "" for prompt in request.prompt for _ in range(params.n)]
+        self._choices = [Choice(index, text) for index, text in enumerate(echoed)]
 
     def whole(self) -> dict[str, Any]:
         """The complete answer; raises the first error of any prompt."""
@@ -67,7 +65,11 @@ class Completion:
 
     def _finished_or_new_choices(self, stream: bool) -> Generator[Choice, None, None]:
         """Every choice that has something new, once per response."""
-        for prompt, response in self._responses(stream):
+        for prompt, response in self._responses(stream and not self._request.is_prompt_only):
+            if self._request.is_prompt_only:
+                response = without_tokens(response)
+            if self._request.needs_prompt_tokens and response.prompt_tokens:
+                self._echo(prompt, response)
             self._usage.add(prompt, response)
             for output in response.outputs:
                 choice = self._choices[prompt * self._n + output.index]
@@ -75,6 +77,13 @@ class Completion:
                 if choice.finish_reason is None and (output.text or output.token_ids or output.finish_reason):
                     choice.add(output)
                     yield choice
+
+    def _echo(self, prompt: int, response: GenerateResponse) -> None:
+        text = self._request.prompt[prompt].text
+        if text is None:
+            text = "".join(token.text for token in response.prompt_tokens)
+        for choice in self._choices[prompt * self._n : (prompt + 1) * self._n]:
+            choice.echo(text, response)
 
     def _responses(self, stream: bool) -> Iterator[tuple[int, GenerateResponse]]:
         """Responses by the position of their prompt. A version that was unloaded just now is looked for once more."""
@@ -113,7 +122,7 @@ class Completion:
             yield from responses
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        document = choice.take()
+        document = choice.take(with_logprobs=self._request.logprobs is not None)
         if self._request.return_token_ids:
             ids = self._request.prompt[choice.index // self._n].token_ids
             document["prompt_token_ids"] = list(ids) or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -97,6 +98,19 @@ def test_echo_puts_the_prompt_first(client: openai.OpenAI, stack: Stack) -> None
     plain = client.completions.create(model=stack.model, prompt=PROMPT, max_tokens=8, temperature=0)
     echoed = client.completions.create(model=stack.model, prompt=PROMPT, max_tokens=8, temperature=0, echo=True)
     assert echoed.choices[0].text == PROMPT + plain.choices[0].text
+
+
+def test_echoed_prompt_has_the_log_probabilities_that_triton_gives(client: openai.OpenAI, stack: Stack) -> None:
+    body = {"text_input": PROMPT, "max_tokens": 1, "temperature": 0, "sampling_parameters": '{"prompt_logprobs": 0}'}
+    direct = httpx.post(f"{stack.http_url}/v2/models/{stack.model}/generate", json=body).json()
+    expected = [next(iter(token.values()))["logprob"] for token in json.loads(direct["prompt_logprobs"]) if token]
+    ids = [token["token_id"] for token in json.loads(direct["prompt_tokens"])]
+    for prompt in (PROMPT, ids):
+        echoed = client.completions.create(model=stack.model, prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+        choice = echoed.choices[0]
+        assert choice.text == PROMPT and "".join(choice.logprobs.tokens) == PROMPT
+        assert choice.logprobs.token_logprobs[1:] == expected and choice.logprobs.token_logprobs[0] is None
+        assert echoed.usage.completion_tokens == 0 and echoed.usage.prompt_tokens == len(ids)
 
 
 def test_token_ids_in_and_out(client: openai.OpenAI, stack: Stack) -> None:

@@ -24,6 +24,7 @@ from exporters.fusions import fuse
 from exporters.graph import save_graph
 from exporters.seq2seq import measure, trace
 from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.errors import InvalidRequest
 from triton_backend.loading import load_engine
 
 from .conftest import Client
@@ -199,6 +200,14 @@ def test_log_probabilities_equal_the_original_model(client, model):
         for alternative in alternatives:
             # With weights as wide as these, float32 itself is 2e-3 away from float64.
             assert math.isclose(alternative.logprob, row[alternative.token_id], abs_tol=1e-2)
+
+
+def test_a_source_has_no_log_probabilities_but_a_begun_output_has(client):
+    with pytest.raises(InvalidRequest, match="prompt_logprobs has value 0, but the source text"):
+        client.ask(source_of(9, 20), max_tokens=1, prompt_logprobs=0)
+    response = client.ask(source_of(9, 20), max_tokens=1, prompt_logprobs=0, decoder_input_ids=[30, 40])
+    assert [token.token_id for token in response.prompt_tokens] == [START_ID, 30, 40]
+    assert [token and token[0].token_id for token in response.prompt_logprobs] == [None, 30, 40]
 
 
 def test_sixteen_at_once_get_the_bits_that_each_gets_alone(client, model):

@@ -122,6 +122,49 @@ def test_logprobs_have_openais_four_parallel_lists(client):
     assert [offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]] == [0, 3, 6]
 
 
+def test_echo_with_logprobs_tells_of_the_prompts_tokens_first(client, triton):
+    choice = complete(client, prompt="one 🙂 two", echo=True, logprobs=1, max_tokens=2).get_json()["choices"][0]
+    assert choice["text"] == "one 🙂 twow0 w1 "
+    assert choice["logprobs"]["tokens"] == ["one", "\ufffd", " 🙂", " two", "w0 ", "w1 "]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.25, -0.25, -0.25, -0.5, -0.5]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"\ufffd": -0.25}]
+    assert choice["logprobs"]["text_offset"] == [0, 3, 3, 5, 9, 12]
+    assert triton.calls[0].sampling == {"max_tokens": 2, "logprobs": 1, "prompt_logprobs": 1}
+
+
+def test_streamed_echo_with_logprobs_joins_to_the_whole_answer(client):
+    body = {"echo": True, "logprobs": 0, "n": 2, "prompt": ["a b", "c"]}
+    whole = complete(client, **body).get_json()["choices"]
+    *chunks, _ = events(complete(client, stream=True, **body))
+    for expected in whole:
+        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == expected["index"]]
+        assert "".join(part["text"] for part in parts) == expected["text"]
+        for name, values in expected["logprobs"].items():
+            assert [value for part in parts for value in part["logprobs"][name]] == values
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_max_tokens_0_gives_the_prompt_only(client, triton, stream):
+    response = complete(
+        client, echo=True, logprobs=1, max_tokens=0, stream=stream, stream_options={"include_usage": True}
+    )
+    documents = events(response)[:-1] if stream else [response.get_json()]
+    choice = documents[0]["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a b", "length")
+    assert choice["logprobs"]["tokens"] == ["a", " b"] and choice["logprobs"]["text_offset"] == [0, 1]
+    assert documents[-1]["usage"]["prompt_tokens"] == 2 and documents[-1]["usage"]["completion_tokens"] == 0
+    assert triton.calls[0].sampling["max_tokens"] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_of_token_ids_reads_them_aloud(client, triton, stream):
+    response = complete(client, prompt=[[7, 8], [9]], echo=True, max_tokens=0, stream=stream)
+    choices = [e["choices"][0] for e in events(response)[:-1]] if stream else response.get_json()["choices"]
+    assert [(choice["text"], choice["logprobs"]) for choice in choices] == [("t7 t8 ", None), ("t9 ", None)]
+    scored = complete(client, prompt=[7, 8], echo=True, logprobs=1, max_completion_tokens=0, max_tokens=None)
+    assert scored.get_json()["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.25]
+
+
 def test_token_ids_are_returned_when_asked_for(client):
     assert complete(client, return_token_ids=True).get_json()["choices"][0]["token_ids"] == [0, 1, 2]
 
@@ -151,8 +194,8 @@ def test_token_ids_are_returned_when_asked_for(client):
         ({"add_special_tokens": False}, "add_special_tokens has value false, but"),
         ({"use_beam_search": True, "n": 4, "top_p": 0.5}, "top_p has value 0.5 and beam_width has value 4, but beams"),
         ({"response_format": {"type": "xml"}}, 'response_format.type has value "xml"; expected "text", "json_object"'),
-        ({"echo": True, "logprobs": 1}, "echo with logprobs is not supported yet"),
-        ({"echo": True, "prompt": [1]}, "echo with token ids is not supported yet"),
+        ({"echo": True, "logprobs": 1, "max_tokens": -1}, "max_tokens has value -1; expected a whole number ≥ 1"),
+        ({"echo": True, "logprobs": 1, "decoder_input_ids": [1]}, "decoder_input_ids and echo are both given"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage has value 1; expected a valid"),
         ({"stream_options": 1}, "stream_options has value 1; expected"),
     ],

@@ -11,7 +11,16 @@ from tritonclient.grpc import service_pb2
 
 from control_plane import errors
 from control_plane.triton_wire import GenerateCall, error_from_text, generate_response, infer_request
-from triton_backend.protocol import INPUTS
+from triton_backend.protocol import (
+    INPUTS,
+    GenerateRequest,
+    GenerateResponse,
+    PromptToken,
+    SequenceOutput,
+    TokenLogprob,
+    response_tensors,
+)
+from triton_backend.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +85,19 @@ def test_token_ids_of_several_sequences_are_split_by_their_counts():
     assert [output.finish_reason for output in response.outputs] == ["stop", None]
     assert [output.text for output in response.outputs] == ["ab", "é"]
     assert (response.num_input_tokens, response.finished, response.metrics) == (4, True, {"cached_tokens": 3})
+    assert (response.prompt_logprobs, response.prompt_tokens) == (None, ())
+
+
+def test_what_the_engine_says_of_a_prompt_comes_back_as_it_was():
+    said = GenerateResponse(
+        "r",
+        (SequenceOutput(0, "x"),),
+        prompt_logprobs=(None, (TokenLogprob(7, -0.5, 2, "b"), TokenLogprob(3, -0.25, 1, "\ufffd"))),
+        prompt_tokens=(PromptToken(5, "\ufffd", ""), PromptToken(7, "b", "é")),
+    )
+    tensors = response_tensors(GenerateRequest("r", SamplingParams(), text="é", exclude_input_in_output=True), said)
+    found = generate_response(_response(False, **{name: ("BYTES", values) for name, values in tensors.items()}))
+    assert (found.prompt_logprobs, found.prompt_tokens) == (said.prompt_logprobs, said.prompt_tokens)
 
 
 def test_logprobs_keep_the_chosen_token_first():

@@ -151,7 +151,9 @@ def test_every_input_is_optional_so_that_any_client_may_leave_out_any_of_them():
 RESPONSE = GenerateResponse(
     "r",
     (
-        SequenceOutput(0, " world", (5, 6), "stop", -0.5, ((TokenLogprob(5, -0.2, 1, " w"),),)),
+        SequenceOutput(
+            0, " world", (5, 6), "stop", -0.5, ((TokenLogprob(5, -0.2, 1, " w", 3), TokenLogprob(6, -2.5, 2, "x")),)
+        ),
         SequenceOutput(1, " you", (7,), None, -0.1),
     ),
     num_input_tokens=2,
@@ -175,5 +177,10 @@ def test_every_return_flag_adds_its_tensor():
     assert tensors["num_output_tokens"] == [2, 1]
     assert tensors["output_ids"] == [5, 6, 7]
     assert tensors["cumulative_logprob"] == [-0.5, -0.1]
-    assert json.loads(tensors["logprobs"][0]) == [{"5": {"logprob": -0.2, "rank": 1, "decoded_token": " w"}}]
+    assert json.loads(tensors["logprobs"][0]) == [
+        {
+            "5": {"logprob": -0.2, "rank": 1, "decoded_token": " w", "text_offset": 3},
+            "6": {"logprob": -2.5, "rank": 2, "decoded_token": "x"},
+        }
+    ]
     assert json.loads(tensors["request_metrics"][0]) == {"queue_s": 0.1}
