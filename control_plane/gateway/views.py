@@ -14,32 +14,58 @@ from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
 from control_plane.auth.services import require_key
-from control_plane.errors import ClientGone, ControlPlaneError, Overloaded
-from control_plane.gateway.schemas import parse_completion
+from control_plane.errors import (
+    ClientGone,
+    ControlPlaneError,
+    ModelNotReady,
+    NotFound,
+    Overloaded,
+    RequestTimeout,
+    ServingError,
+    TritonUnavailable,
+)
+from control_plane.gateway.answers import CompletionObject, ModelList, ModelObject
+from control_plane.gateway.schemas import CompletionRequest, parse_completion
 from control_plane.gateway.services import Completion, served_model, served_models
+from control_plane.operations import EVENT_STREAM, Operation
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
 from control_plane.triton import TritonClient
 
 gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
 log = structlog.get_logger(__name__)
+COMPLETION_ERRORS = (
+    NotFound,
+    Overloaded,
+    ModelNotReady,
+    TritonUnavailable,
+    ServingError,
+    RequestTimeout,
+    ClientGone,
+)
 
 
 @gateway.get("/models")
 @require_key("viewer")
+@Operation(ModelList, errors=(TritonUnavailable,))
 def list_models() -> dict[str, Any]:
+    """Models that are ready."""
     return {"object": "list", "data": served_models(_triton(), _settings())}
 
 
 @gateway.get("/models/<name>")
 @require_key("viewer")
+@Operation(ModelObject, errors=(ModelNotReady, TritonUnavailable))
 def get_model(name: str) -> dict[str, Any]:
+    """One model that is ready."""
     return served_model(_triton(), _settings(), name)
 
 
 @gateway.post("/completions")
 @require_key("developer")
+@Operation(CompletionObject, reads=CompletionRequest, errors=COMPLETION_ERRORS, has_stream=True)
 def create_completion() -> Response:
+    """Complete a prompt, or several; streamed with ``stream``."""
     body, params = parse_completion(read_body())
     completion = Completion(_triton(), _settings(), body, params, _hung_up(request.environ.get("gunicorn.socket")))
     slots = current_app.extensions["completion_slots"]
@@ -57,7 +83,7 @@ def create_completion() -> Response:
 def _event_stream(chunks: Generator[dict[str, Any], None, None]) -> Response:
     # The first chunk is awaited before the status line is sent, so early errors have a status of their own.
     first = list(islice(chunks, 1))
-    response = Response(_events(chain(first, chunks)), content_type="text/event-stream; charset=utf-8")
+    response = Response(_events(chain(first, chunks)), content_type=f"{EVENT_STREAM}; charset=utf-8")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"
     response.call_on_close(chunks.close)

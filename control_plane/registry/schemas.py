@@ -2,20 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from control_plane.extensions import iso
+from control_plane.operations import Out, Time
 from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
 from control_plane.registry.serving_state import ModelState, ServingState
 from control_plane.registry.tables import Model, Version
+from control_plane.requests import FROM_DIGITS, PageQuery, Text
+
+MAX_NUMBER = 10**9 - 1
+Number = Annotated[int, Field(ge=1, le=MAX_NUMBER), FROM_DIGITS]
+
+
+class ModelQuery(PageQuery):
+    after: Text | None = Field(None, description="the name of the last model of the page before")
+    prefix: Text | None = Field(None, description="how names begin")
+
+
+class VersionQuery(PageQuery):
+    before: Number | None = Field(None, description="the last version of the page before")
+
+
+class IfMatch(BaseModel):
+    if_match: str | None = Field(
+        None, alias="If-Match", pattern=r'^(\*|"[0-9]{1,9}"|[0-9]{1,9})$', description="the ETag that was read, or *"
+    )
+
+    @property
+    def revision(self) -> int | None:
+        return None if self.if_match in (None, "*") else int(self.if_match.strip('"'))
 
 
 class ModelEdit(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     description: str = Field(max_length=MAX_DESCRIPTION)
+
+
+class ServingOut(Out):
+    """The version that is meant to be served, and its state in Triton."""
+
+    version: int
+    state: str
+    reason: str | None
+    message: str | None
+
+
+class ModelOut(Out):
+    name: str
+    description: str
+    revision: int
+    created_by: str
+    created_at: Time
+
+
+class VersionOut(Out):
+    model: str
+    version: int
+    digest: str
+    architecture: str | None
+    precision: str | None
+    size_bytes: int | None
+    passed: bool | None = Field(description="the certificate's verdict")
+    certificate: dict[str, Any]
+    source: dict[str, Any]
+    job_id: str | None
+    serving: ServingOut | None
+    created_by: str
+    created_at: Time
+
+
+class SummaryOut(ModelOut):
+    num_versions: int
+    newest: VersionOut | None
+    serving: ServingOut | None
 
 
 def model_out(model: Model) -> dict[str, Any]:

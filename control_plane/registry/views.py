@@ -5,74 +5,83 @@ from __future__ import annotations
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Response, current_app, jsonify, request
+from flask import current_app
+from werkzeug.http import quote_etag
 
 from control_plane.auth.services import require_key
-from control_plane.errors import BadRequest
+from control_plane.errors import PreconditionFailed
+from control_plane.operations import Operation, Page
 from control_plane.registry import services, serving_state
-from control_plane.registry.schemas import ModelEdit, model_out, summary_out, version_out
+from control_plane.registry.schemas import (
+    MAX_NUMBER,
+    IfMatch,
+    ModelEdit,
+    ModelOut,
+    ModelQuery,
+    SummaryOut,
+    VersionOut,
+    VersionQuery,
+    model_out,
+    summary_out,
+    version_out,
+)
 from control_plane.registry.serving_state import ServingState
-from control_plane.requests import page, parse_body, query_number, query_text
+from control_plane.requests import page
 
 models = APIBlueprint("models", __name__, url_prefix="/api/v1")
 
-MAX_PAGE = 200
-MAX_NUMBER = 10**9 - 1
+ETAG = {"ETag": "the model's revision, for If-Match"}
 
 
 @models.get("/models")
 @require_key("viewer")
-def list_models() -> dict[str, Any]:
-    limit = query_number("limit", 50, most=MAX_PAGE)
-    found = services.find_models(query_text("after"), query_text("prefix"), limit + 1)
+@Operation(Page[SummaryOut], query=ModelQuery)
+def list_models(query: ModelQuery) -> dict[str, Any]:
+    """Models by name, each with its newest version and what is served of it."""
+    found = services.find_models(query.after, query.prefix, query.limit + 1)
     serving = _serving()
-    return page(found, limit, lambda summary: summary_out(summary, serving))
+    return page(found, query.limit, lambda summary: summary_out(summary, serving))
 
 
 @models.get("/models/<name>")
 @require_key("viewer")
-def show_model(name: str) -> Response:
+@Operation(ModelOut, sends=ETAG)
+def show_model(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """One model."""
     return _with_etag(model_out(services.get_model(name)))
 
 
 @models.patch("/models/<name>")
 @require_key("operator")
-def edit_model(name: str) -> Response:
-    """With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster."""
-    edit = parse_body(ModelEdit)
-    return _with_etag(model_out(services.describe_model(name, edit.description, _expected_revision())))
+@Operation(ModelOut, headers=IfMatch, body=ModelEdit, errors=(PreconditionFailed,), sends=ETAG)
+def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> tuple[dict[str, Any], dict[str, str]]:
+    """Change a model's description.
+
+    With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster.
+    """
+    return _with_etag(model_out(services.describe_model(name, body.description, headers.revision)))
 
 
 @models.get("/models/<name>/versions")
 @require_key("viewer")
-def list_versions(name: str) -> dict[str, Any]:
-    limit = query_number("limit", 50, most=MAX_PAGE)
-    before = query_number("before", 0, most=MAX_NUMBER) or None
-    found = services.find_versions(name, before, limit + 1)
+@Operation(Page[VersionOut], query=VersionQuery)
+def list_versions(name: str, query: VersionQuery) -> dict[str, Any]:
+    """Versions of a model, newest first."""
+    found = services.find_versions(name, query.before, query.limit + 1)
     serving = _serving()
-    return page(found, limit, lambda version: version_out(version, name, serving))
+    return page(found, query.limit, lambda version: version_out(version, name, serving))
 
 
 @models.get("/models/<name>/versions/<int:number>")
 @require_key("viewer")
+@Operation(VersionOut)
 def show_version(name: str, number: int) -> dict[str, Any]:
+    """One version, with what its certificate says."""
     return version_out(services.get_version(name, min(number, MAX_NUMBER + 1)), name, _serving())
 
 
-def _with_etag(document: dict[str, Any]) -> Response:
-    response = jsonify(document)
-    response.set_etag(str(document["revision"]))
-    return response
-
-
-def _expected_revision() -> int | None:
-    given = request.headers.get("If-Match")
-    if given is None or given.strip() == "*":
-        return None
-    revision = given.strip().strip('"')
-    if not (revision.isascii() and revision.isdecimal() and len(revision) < 10):
-        raise BadRequest(f"If-Match has value {given!r:.100}; expected the ETag of the model, as GET gives it")
-    return int(revision)
+def _with_etag(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    return document, {"ETag": quote_etag(str(document["revision"]))}
 
 
 def _serving() -> ServingState:

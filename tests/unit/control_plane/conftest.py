@@ -11,6 +11,13 @@ from control_plane.auth.services import create_key
 from control_plane.extensions import db
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.contract import watched
+
+
+@pytest.fixture(autouse=True)
+def every_answer_is_as_documented():
+    with watched():
+        yield
 
 
 @pytest.fixture
