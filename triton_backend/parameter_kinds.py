@@ -172,7 +172,8 @@ class Biases:
 
     def schema(self) -> dict[str, Any]:
         bias = {"type": "number", "minimum": -100, "maximum": 100}
-        return {"type": "object", "additionalProperties": bias, "maxProperties": MAX_BIASES}
+        names = {"pattern": "^[0-9]{1,9}$"}
+        return {"type": "object", "propertyNames": names, "additionalProperties": bias, "maxProperties": MAX_BIASES}
 
 
 def is_token_id(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -36,6 +36,7 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 VARIABLE = re.compile(r"<(?:\w+:)?(\w+)>")
 MEMBER = re.compile(rf"([\w-]+)/{VARIABLE.pattern}")
 TOO_LARGE = 413
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "after how many seconds to try again"}}
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,21 @@ def _answers(declared: Operation, components: Components) -> Document:
         content["application/json"] = {"schema": components.answer(declared.answer)}
     if declared.has_stream:
         content[EVENT_STREAM] = text
-    headers = {name: {"description": told, "required": True, **text} for name, told in declared.sends.items()}
     statuses = (declared.status, *declared.also)
     return {
-        str(status): {"description": HTTP_STATUS_CODES[status], "content": content, "headers": headers}
+        str(status): {
+            "description": HTTP_STATUS_CODES[status],
+            "content": content,
+            "headers": _headers(declared.sends),
+        }
         for status in statuses
+    }
+
+
+def _headers(descriptions: Mapping[str, str]) -> Document:
+    return {
+        name: {"description": description, "required": True, "schema": {"type": "string"}}
+        for name, description in descriptions.items()
     }
 
 
@@ -154,5 +165,10 @@ def _errors(route: Route, components: Components) -> Document:
     media_type, model = ("application/problem+json", Problem) if is_api else ("application/json", Error)
     content = {media_type: {"schema": components.answer(model)}}
     return {
-        str(status): {"description": " or ".join(sorted(codes[status])), "content": content} for status in sorted(codes)
+        str(status): {
+            "description": " or ".join(sorted(codes[status])),
+            "content": content,
+            "headers": _headers(ERROR_HEADERS.get(status, {})),
+        }
+        for status in sorted(codes)
     }
