@@ -28,6 +28,7 @@ from control_plane.requests import parse_body, parse_headers, parse_query
 
 HTML = "text/html"
 EVENT_STREAM = "text/event-stream"
+ETAG = {"ETag": "the revision, for If-Match"}
 
 Item = TypeVar("Item")
 View = Callable[..., Any]

@@ -48,6 +48,18 @@ class PageQuery(BaseModel):
     limit: Limit = Field(50, description="most rows to give")
 
 
+class IfMatch(BaseModel):
+    """``revision`` is the one that an edit is meant for; None if any will do."""
+
+    if_match: str | None = Field(
+        None, alias="If-Match", pattern=r'^(\*|"[0-9]{1,9}"|[0-9]{1,9})$', description="the ETag that was read, or *"
+    )
+
+    @property
+    def revision(self) -> int | None:
+        return None if self.if_match in (None, "*") else int(self.if_match.strip('"'))
+
+
 def parse_body(schema: type[Given]) -> Given:
     """Raises BadRequest naming the first field that is not as expected."""
     try:

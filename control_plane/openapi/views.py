@@ -9,12 +9,13 @@ from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, make_response, render_template, send_from_directory
 
 from control_plane.openapi.document import build_document
+from control_plane.responses import SECURITY_HEADERS
 
 openapi = APIBlueprint("openapi", __name__, url_prefix="/api/v1", template_folder="templates")
 
 SWAGGER_UI = Path(flask_swagger_ui.__file__).resolve().parent / "dist"
 # Swagger UI's style sheet has its icons as data: images; nothing else of the policy is loosened.
-DOCS_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+DOCS_POLICY = f"{SECURITY_HEADERS['Content-Security-Policy']}; img-src 'self' data:"
 
 
 @openapi.get("/openapi.json")

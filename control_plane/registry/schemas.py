@@ -26,16 +26,6 @@ class VersionQuery(PageQuery):
     before: Number | None = Field(None, description="the last version of the page before")
 
 
-class IfMatch(BaseModel):
-    if_match: str | None = Field(
-        None, alias="If-Match", pattern=r'^(\*|"[0-9]{1,9}"|[0-9]{1,9})$', description="the ETag that was read, or *"
-    )
-
-    @property
-    def revision(self) -> int | None:
-        return None if self.if_match in (None, "*") else int(self.if_match.strip('"'))
-
-
 class ModelEdit(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -10,11 +10,10 @@ from werkzeug.http import quote_etag
 
 from control_plane.auth.services import require_key
 from control_plane.errors import PreconditionFailed
-from control_plane.operations import Operation, Page
+from control_plane.operations import ETAG, Operation, Page
 from control_plane.registry import services, serving_state
 from control_plane.registry.schemas import (
     MAX_NUMBER,
-    IfMatch,
     ModelEdit,
     ModelOut,
     ModelQuery,
@@ -26,11 +25,9 @@ from control_plane.registry.schemas import (
     version_out,
 )
 from control_plane.registry.serving_state import ServingState
-from control_plane.requests import page
+from control_plane.requests import IfMatch, page
 
 models = APIBlueprint("models", __name__, url_prefix="/api/v1")
-
-ETAG = {"ETag": "the model's revision, for If-Match"}
 
 
 @models.get("/models")

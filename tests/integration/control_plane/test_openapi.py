@@ -140,7 +140,7 @@ def thoroughness(role: str) -> dict[str, object]:
     """The highest role reaches everything, and tries most; the others are there for what they may not do."""
     is_highest = role == ROLES[-1]
     return {
-        "generation": {"deterministic": True, "database": "none", "max-examples": 25 if is_highest else 8},
+        "generation": {"deterministic": True, "database": "none", "max-examples": 15 if is_highest else 8},
         "phases": {"coverage": {"enabled": is_highest}},
     }
 
