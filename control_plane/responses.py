@@ -31,7 +31,7 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +84,9 @@ def _start_request() -> None:
 
 def _add_headers(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "")
-    response.headers.extend(SECURITY_HEADERS)
+    for name, value in SECURITY_HEADERS.items():
+        # A page may need a policy of its own.
+        response.headers.setdefault(name, value)
     return response
 
 
@@ -106,10 +108,13 @@ def _http_error(error: HTTPException) -> Response:
         message = f"the request body is too large; expected at most {request.max_content_length} bytes"
         _discard_rest()
         # A client that still sends after that is cut off, so this connection cannot carry another request.
-        response = _error_response(message, status, _CODES[413])
+        response = _error_response(message, status, HTTP_CODES[413])
         response.headers["Connection"] = "close"
         return response
-    return _error_response(message, status, _CODES.get(status, error.name.lower().replace(" ", "_")))
+    response = _error_response(message, status, HTTP_CODES.get(status, error.name.lower().replace(" ", "_")))
+    # Such as Allow, without which a 405 does not say what is allowed.
+    response.headers.update({name: value for name, value in error.get_headers() if name != "Content-Type"})
+    return response
 
 
 def _discard_rest() -> None:

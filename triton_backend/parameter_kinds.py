@@ -1,7 +1,7 @@
 """The kinds of values that sampling parameters have: each parses what a client sent, or says what it expected.
 
 Numbers may be strings, as vLLM's clients send them; every list is bounded, and a bad value is refused before it costs
-anything. Standard library only.
+anything. ``schema`` is the JSON Schema of a value in its plain form. Standard library only.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Number:
         noun = "a whole number" if self.kind is int else "a number"
         return f"{noun} from {self.low:g} to {self.high:g}" if self.high < LARGE else f"{noun} ≥ {self.low:g}"
 
+    def schema(self) -> dict[str, Any]:
+        kind = "integer" if self.kind is int else "number"
+        return {"type": kind, "minimum": self.low, "maximum": self.high}
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -69,6 +73,9 @@ class Flag:
 
     def __str__(self) -> str:
         return "true or false" if self.also is None else f'true, false or "{self.also}"'
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"} if self.also is None else {"enum": [True, False, self.also]}
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,10 @@ class Texts:
     def __str__(self) -> str:
         return f"a string or a list of at most {self.max_texts} strings"
 
+    def schema(self) -> dict[str, Any]:
+        text = {"type": "string", "maxLength": MAX_STRING_CHARS}
+        return {"anyOf": [text, {"type": "array", "items": text, "maxItems": self.max_texts}]}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -108,6 +119,9 @@ class Text:
 
     def __str__(self) -> str:
         return f"a string of at most {self.max_chars} characters"
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "maxLength": self.max_chars}
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,13 @@ class TokenIds:
 
     def __str__(self) -> str:
         return f"a list of at most {MAX_TOKEN_IDS} token ids ≥ 0"
+
+    def schema(self) -> dict[str, Any]:
+        return {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": LARGE},
+            "maxItems": MAX_TOKEN_IDS,
+        }
 
 
 @dataclass(frozen=True)
@@ -148,6 +169,11 @@ class Biases:
 
     def __str__(self) -> str:
         return f"an object of at most {MAX_BIASES} pairs of a token id and a number from -100 to 100"
+
+    def schema(self) -> dict[str, Any]:
+        bias = {"type": "number", "minimum": -100, "maximum": 100}
+        names = {"pattern": "^[0-9]{1,9}$"}
+        return {"type": "object", "propertyNames": names, "additionalProperties": bias, "maxProperties": MAX_BIASES}
 
 
 def is_token_id(value: Any) -> bool:

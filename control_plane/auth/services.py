@@ -91,9 +91,15 @@ def require_key(role: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             db.session.rollback()
             return view(*args, **kwargs)
 
+        wrapper.__dict__["role"] = role
         return wrapper
 
     return decorate
+
+
+def role_of(view: Callable[..., object]) -> str | None:
+    """The role that a view needs; None if it is public."""
+    return getattr(view, "role", None)
 
 
 def role_allows(role: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from control_plane.errors import BadRequest, NotFound
 from triton_backend.errors import InvalidRequest
@@ -33,6 +33,18 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 """Known to OpenAI or vLLM, not to us, with the values that ask for nothing; the engine's own list is UNSUPPORTED."""
 _ENGINE_PARAMETERS = {*FIELDS, *ALIASES, *OTHER_PARAMETERS}
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}, "minItems": 1}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ]
+}
+"""What ``parse_prompts`` takes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +78,17 @@ def parse_prompts(value: Any) -> tuple[Prompt, ...]:
     )
 
 
+def _add_sampling_parameters(schema: dict[str, Any]) -> None:
+    schema["properties"] |= {name: {**kind.schema(), "description": str(kind)} for name, kind in FIELDS.items()}
+
+
 class CompletionRequest(BaseModel):
     """OpenAI's legacy completions with vLLM's additions; every sampling parameter stays in ``model_extra``."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=_add_sampling_parameters)
 
     model: str
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(parse_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(parse_prompts), WithJsonSchema(PROMPT_SCHEMA)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None

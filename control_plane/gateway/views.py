@@ -14,9 +14,20 @@ from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
 from control_plane.auth.services import require_key
-from control_plane.errors import ClientGone, ControlPlaneError, Overloaded
-from control_plane.gateway.schemas import parse_completion
+from control_plane.errors import (
+    ClientGone,
+    ControlPlaneError,
+    ModelNotReady,
+    NotFound,
+    Overloaded,
+    RequestTimeout,
+    ServingError,
+    TritonUnavailable,
+)
+from control_plane.gateway.answers import CompletionObject, ModelList, ModelObject
+from control_plane.gateway.schemas import CompletionRequest, parse_completion
 from control_plane.gateway.services import Completion, served_model, served_models
+from control_plane.operations import EVENT_STREAM, Operation
 from control_plane.registry.routing import Router
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
@@ -25,23 +36,44 @@ from control_plane.triton import TritonClient
 gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
 VERSION_HEADER = "X-Model-Version"
 log = structlog.get_logger(__name__)
+COMPLETION_ERRORS = (
+    NotFound,
+    Overloaded,
+    ModelNotReady,
+    TritonUnavailable,
+    ServingError,
+    RequestTimeout,
+    ClientGone,
+)
 
 
 @gateway.get("/models")
 @require_key("viewer")
+@Operation(ModelList)
 def list_models() -> dict[str, Any]:
+    """Models whose production version is loaded."""
     return {"object": "list", "data": served_models(_router(), _settings())}
 
 
 @gateway.get("/models/<name>")
 @require_key("viewer")
+@Operation(ModelObject, errors=(ModelNotReady,))
 def get_model(name: str) -> dict[str, Any]:
+    """One model that is ready; also by ``name@alias`` and ``name@version``."""
     return served_model(_router(), _settings(), name)
 
 
 @gateway.post("/completions")
 @require_key("developer")
+@Operation(
+    CompletionObject,
+    reads=CompletionRequest,
+    errors=COMPLETION_ERRORS,
+    sends={VERSION_HEADER: "the version that answered"},
+    has_stream=True,
+)
 def create_completion() -> Response:
+    """Complete a prompt, or several; streamed with ``stream``."""
     body, params = parse_completion(read_body())
     is_abandoned = _hung_up(request.environ.get("gunicorn.socket"))
     completion = Completion(_triton(), _router(), _settings(), body, params, is_abandoned)
@@ -62,7 +94,7 @@ def create_completion() -> Response:
 def _event_stream(chunks: Generator[dict[str, Any], None, None]) -> Response:
     # The first chunk is awaited before the status line is sent, so early errors have a status of their own.
     first = list(islice(chunks, 1))
-    response = Response(_events(chain(first, chunks)), content_type="text/event-stream; charset=utf-8")
+    response = Response(_events(chain(first, chunks)), content_type=f"{EVENT_STREAM}; charset=utf-8")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"
     response.call_on_close(chunks.close)

@@ -18,7 +18,7 @@ from control_plane.subprocesses import ChildEvent
 class JobParams(BaseModel):
     """Base of every kind's parameters; a name that a kind does not have is refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class JobRun(Protocol):

@@ -137,7 +137,7 @@ def submit(
 def check_params(kind: JobKind, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with defaults filled in, as JSON; raises BadRequest for the first bad one."""
     try:
-        return kind.params.model_validate(params).model_dump(mode="json")
+        return kind.params.model_validate_json(json.dumps(params), strict=True).model_dump(mode="json")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(["params", *map(str, first["loc"])])

@@ -52,6 +52,10 @@ class Job(Base):
 
     __table_args__ = (Index("ix_jobs_claim", "state", "queue", "priority", "created_at"),)
 
+    @property
+    def is_cancelling(self) -> bool:
+        return self.cancel_requested_at is not None
+
 
 class JobEvent(Base):
     """One JSON line of a job's child, or one of the runner's own; ``id`` orders them and names the live event."""

@@ -8,20 +8,31 @@ from collections.abc import Iterator
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, current_app, request
 
 from control_plane.auth.services import require_key, role_allows
-from control_plane.errors import Forbidden, Overloaded
+from control_plane.errors import Conflict, Forbidden, NotFound, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
-from control_plane.jobs.schemas import JobIn, event_out, job_out
-from control_plane.requests import page, parse_body, query_number, query_text
+from control_plane.jobs.schemas import (
+    MAX_EVENTS,
+    EventHeaders,
+    EventOut,
+    EventQuery,
+    JobIn,
+    JobOut,
+    JobQuery,
+    KindsOut,
+    SubmitHeaders,
+    event_out,
+)
+from control_plane.jobs.tables import Job
+from control_plane.operations import EVENT_STREAM, Operation, Page
+from control_plane.requests import page
 
 jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
 
-MAX_PAGE = 200
-MAX_EVENTS = 1000
 POLL_S = 0.3
 KEEP_ALIVE_S = 15.0
 STREAM_LIMIT_S = 3600.0
@@ -29,22 +40,27 @@ STREAM_LIMIT_S = 3600.0
 
 @jobs.get("/job-kinds")
 @require_key("viewer")
+@Operation(KindsOut)
 def list_kinds() -> dict[str, Any]:
+    """Kinds of jobs, with the schemas of their parameters."""
     return {"data": [_kind_out(name, kind) for name, kind in _kinds().items()]}
 
 
 @jobs.get("/jobs")
 @require_key("viewer")
-def list_jobs() -> dict[str, Any]:
-    limit = query_number("limit", 50, most=MAX_PAGE)
-    found = services.find(query_text("kind"), query_text("state"), query_text("before"), limit + 1)
-    return page(found, limit, job_out)
+@Operation(Page[JobOut], query=JobQuery, errors=(NotFound,))
+def list_jobs(query: JobQuery) -> dict[str, Any]:
+    """Jobs, newest first."""
+    return page(services.find(query.kind, query.state, query.before, query.limit + 1), query.limit)
 
 
 @jobs.post("/jobs")
 @require_key("developer")
-def submit_job() -> Response:
-    body = parse_body(JobIn)
+@Operation(
+    JobOut, 202, headers=SubmitHeaders, body=JobIn, errors=(Conflict,), sends={"Location": "where the job is shown"}
+)
+def submit_job(headers: SubmitHeaders, body: JobIn) -> tuple[Job, dict[str, str]]:
+    """Submit a job; its kind may need a higher role."""
     kind = _kinds().get(body.kind)
     if kind is not None and not role_allows(kind.role):
         raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
@@ -54,53 +70,55 @@ def submit_job() -> Response:
         body.kind,
         body.params,
         priority=body.priority,
-        idempotency_key=request.headers.get("Idempotency-Key"),
+        idempotency_key=headers.idempotency_key,
     )
-    response = jsonify(job_out(job))
-    response.status_code = 202
-    response.headers["Location"] = f"/api/v1/jobs/{job.id}"
-    return response
+    return job, {"Location": f"/api/v1/jobs/{job.id}"}
 
 
 @jobs.get("/jobs/<job_id>")
 @require_key("viewer")
-def show_job(job_id: str) -> dict[str, Any]:
-    return job_out(services.get(job_id))
+@Operation(JobOut)
+def show_job(job_id: str) -> Job:
+    """One job."""
+    return services.get(job_id)
 
 
 @jobs.get("/jobs/<job_id>/events")
 @require_key("viewer")
-def list_events(job_id: str) -> dict[str, Any] | Response:
+@Operation(Page[EventOut], query=EventQuery, headers=EventHeaders, errors=(Overloaded,), has_stream=True)
+def list_events(job_id: str, query: EventQuery, headers: EventHeaders) -> dict[str, Any] | Response:
     """A page of events, or, for ``Accept: text/event-stream``, all of them and those to come until the job ends."""
     services.get(job_id)
-    if request.accept_mimetypes.best_match(["application/json", "text/event-stream"]) == "text/event-stream":
-        after = query_number("after", _last_event_id(), least=0)
+    if request.accept_mimetypes.best_match(["application/json", EVENT_STREAM]) == EVENT_STREAM:
+        after = headers.last_event_id if query.after is None else query.after
         # The session belongs to this request; the stream outlives it and opens its own.
         db.session.rollback()
         app = current_app._get_current_object()  # type: ignore[attr-defined]
         slots = app.extensions["event_stream_slots"]
         if not slots.acquire(blocking=False):
             raise Overloaded("too many event streams are open; close some, or set LLMOS_WEB_THREADS higher")
-        response = Response(_event_stream(app, job_id, after), content_type="text/event-stream; charset=utf-8")
+        response = Response(_event_stream(app, job_id, after), content_type=f"{EVENT_STREAM}; charset=utf-8")
         response.call_on_close(slots.release)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         return response
-    limit = query_number("limit", 200, most=MAX_EVENTS)
-    found = services.events(job_id, query_number("after", 0, least=0), limit + 1)
-    return page(found, limit, event_out)
+    return page(services.events(job_id, query.after or 0, query.limit + 1), query.limit, event_out)
 
 
 @jobs.post("/jobs/<job_id>/cancel")
 @require_key("operator")
-def cancel_job(job_id: str) -> dict[str, Any]:
-    return job_out(services.cancel(job_id))
+@Operation(JobOut, errors=(Conflict,))
+def cancel_job(job_id: str) -> Job:
+    """End a job that has not ended."""
+    return services.cancel(job_id)
 
 
 @jobs.post("/jobs/<job_id>/retry")
 @require_key("operator")
-def retry_job(job_id: str) -> dict[str, Any]:
-    return job_out(services.retry(current_app.extensions["celery"], job_id))
+@Operation(JobOut, errors=(Conflict,))
+def retry_job(job_id: str) -> Job:
+    """Run a failed or cancelled job again, from its last finished step on."""
+    return services.retry(current_app.extensions["celery"], job_id)
 
 
 def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
@@ -138,8 +156,3 @@ def _kind_out(name: str, kind: JobKind) -> dict[str, Any]:
 
 def _kinds() -> dict[str, JobKind]:
     return current_app.extensions["job_kinds"]
-
-
-def _last_event_id() -> int:
-    given = request.headers.get("Last-Event-ID", "0")
-    return int(given) if given.isascii() and given.isdecimal() and len(given) < 19 else 0

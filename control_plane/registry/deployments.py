@@ -12,6 +12,7 @@ reconciler may both advance.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,7 +27,6 @@ from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, Prec
 from control_plane.extensions import db, now
 from control_plane.registry import gate
 from control_plane.registry.desired import ModelIntent
-from control_plane.registry.model_directory import NAME
 from control_plane.registry.services import get_model, get_version
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
 from control_plane.registry.tables import (
@@ -47,6 +47,8 @@ KINDS = {"promote": PRODUCTION, "rollback": PRODUCTION, "canary": CANARY, "abort
 ENDINGS = ("abort", "withdraw")
 """What a deployment may be, and the alias that it moves; endings remove it and need nothing to be loaded."""
 RESERVED = (PRODUCTION, CANARY)
+ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+"""Not a number: chat@3 is a version."""
 MAX_REASON = 1000
 MIN_REASON = 5
 
@@ -193,8 +195,9 @@ def set_alias(name: str, alias_name: str, number: int, revision: int | None = No
 
 def delete_alias(name: str, alias_name: str) -> None:
     """Raises NotFound, Conflict for those that deployments move."""
-    _check_alias_name(alias_name)
-    alias = _alias(get_model(name), alias_name)
+    _refuse_reserved(alias_name)
+    model = get_model(name)
+    alias = _alias(model, alias_name) if ALIAS.fullmatch(alias_name) else None
     if alias is None:
         raise NotFound(f"model {name!r} has no alias {alias_name!r:.100}; GET /api/v1/models/{name} shows those it has")
     db.session.delete(alias)
@@ -387,10 +390,14 @@ def _commit_alias(alias_name: str) -> None:
 
 
 def _check_alias_name(alias_name: str) -> None:
-    if not NAME.fullmatch(alias_name) or alias_name.isdigit():
+    if not ALIAS.fullmatch(alias_name):
         raise BadRequest(
             f"alias {alias_name!r:.100} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit, and not a number"
+            "beginning with a letter"
         )
+    _refuse_reserved(alias_name)
+
+
+def _refuse_reserved(alias_name: str) -> None:
     if alias_name in RESERVED:
         raise Conflict(f"alias {alias_name!r} is moved by deployments only; POST …/deployments")

@@ -8,20 +8,42 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from control_plane.extensions import iso
-from control_plane.registry.deployments import KINDS, MAX_REASON
+from control_plane.operations import Out, Time
+from control_plane.registry.deployments import MAX_REASON
 from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
 from control_plane.registry.serving_state import STANDBY, ServingState
 from control_plane.registry.tables import PRODUCTION, Alias, Deployment, Evaluation, Model, Version
+from control_plane.requests import FROM_DIGITS, FROM_JSON, PageQuery, Text
 
+MAX_NUMBER = 10**9 - 1
 MAX_THRESHOLDS = 100
-METRIC = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,99}\.[A-Za-z0-9_][A-Za-z0-9_,-]{0,99}$"
-VersionNumber = Annotated[int, Field(ge=1, lt=10**9)]
+METRIC = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,99}\.[A-Za-z0-9_][A-Za-z0-9_,/-]{0,99}$"
+Number = Annotated[int, Field(ge=1, le=MAX_NUMBER), FROM_DIGITS]
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_NUMBER), FROM_JSON]
+Kind = Literal["promote", "rollback", "canary", "abort", "withdraw"]
+
+
+class ModelQuery(PageQuery):
+    after: Text | None = Field(None, description="the name of the last model of the page before")
+    prefix: Text | None = Field(None, description="how names begin")
+
+
+class VersionQuery(PageQuery):
+    before: Number | None = Field(None, description="the last version of the page before")
+
+
+class DeploymentQuery(PageQuery):
+    before: Number | None = Field(None, description="the id of the last one of the page before")
+
+
+class EvaluationQuery(DeploymentQuery):
+    version: Number | None = Field(None, description="of this version only")
 
 
 class Limits(BaseModel):
     """What a metric must reach: at least ``min``, at most ``max``."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     min: float | None = None
     max: float | None = None
@@ -36,9 +58,9 @@ class Limits(BaseModel):
 class ModelEdit(BaseModel):
     """What is left out stays as it is. ``thresholds`` are limits by ``suite.metric``; a version below is not served."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    description: Annotated[str, Field(max_length=MAX_DESCRIPTION, strict=True)] | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
     thresholds: (
         Annotated[dict[Annotated[str, Field(pattern=METRIC)], Limits], Field(max_length=MAX_THRESHOLDS)] | None
     ) = None
@@ -59,7 +81,7 @@ class DeploymentIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    kind: Literal["promote", "rollback", "canary", "abort", "withdraw"]
+    kind: Kind
     version: VersionNumber | None = None
     weight: Annotated[float, Field(ge=0, le=100)] | None = None
     reason: Annotated[str, Field(max_length=MAX_REASON)] | None = None
@@ -72,7 +94,99 @@ class AliasIn(BaseModel):
     version: VersionNumber
 
 
-assert set(KINDS) == set(DeploymentIn.model_fields["kind"].annotation.__args__)  # type: ignore[union-attr]
+class AliasOut(Out):
+    name: str
+    version: int
+    weight: float | None = Field(description="the canary's share of the requests in percent")
+    revision: int
+    updated_at: Time
+
+
+class AliasesOut(Out):
+    data: list[AliasOut]
+
+
+class ModelOut(Out):
+    name: str
+    description: str
+    thresholds: dict[str, Limits]
+    aliases: list[AliasOut]
+    revision: int
+    created_by: str
+    created_at: Time
+
+
+class ServingOut(Out):
+    """A version's state in Triton: Standby, Pending, Loading, Loaded or FailedToLoad."""
+
+    state: str
+    place: str | None
+    reason: str | None
+    message: str | None
+
+
+class ProductionOut(ServingOut):
+    version: int
+
+
+class VersionOut(Out):
+    model: str
+    version: int
+    digest: str
+    architecture: str | None
+    precision: str | None
+    size_bytes: int | None
+    passed: bool | None = Field(description="the certificate's verdict")
+    certificate: dict[str, Any]
+    source: dict[str, Any]
+    job_id: str | None
+    aliases: list[str]
+    serving: ServingOut
+    warm_until: Time | None
+    retired_at: Time | None
+    created_by: str
+    created_at: Time
+
+
+class SummaryOut(ModelOut):
+    num_versions: int
+    newest: VersionOut | None
+    serving: ProductionOut | None = Field(description="the production version")
+
+
+class FailureOut(Out):
+    reason: str | None
+    message: str | None
+
+
+class DeploymentOut(Out):
+    """``state`` is InProgress, UpToDate, BlockedByFailedLoad or Superseded."""
+
+    id: int
+    model: str
+    kind: Kind
+    alias: str
+    version: int
+    previous_version: int | None
+    weight: float | None
+    state: str
+    failure: FailureOut | None = Field(description="why it is blocked")
+    reason: str | None
+    overridden: list[str] = Field(description="what the gate found when it was forced")
+    created_by: str
+    created_at: Time
+    finished_at: Time | None
+
+
+class EvaluationOut(Out):
+    id: int
+    version: int
+    suite: str
+    metrics: dict[str, float]
+    data: str | None
+    job_id: str | None
+    created_by: str
+    created_at: Time
 
 
 def model_out(model: Model, aliases: Sequence[Alias]) -> dict[str, Any]:
@@ -88,7 +202,6 @@ def model_out(model: Model, aliases: Sequence[Alias]) -> dict[str, Any]:
 
 
 def alias_out(alias: Alias) -> dict[str, Any]:
-    """``weight`` is the canary's share of the requests in percent."""
     return {
         "name": alias.name,
         "version": alias.version.number,
@@ -134,7 +247,6 @@ def version_out(version: Version, name: str, aliases: Sequence[Alias], serving: 
 
 
 def deployment_out(deployment: Deployment) -> dict[str, Any]:
-    """``overridden`` is what the gate found when it was forced; ``failure`` says why it is blocked."""
     failure = {"reason": deployment.failure_reason, "message": deployment.failure_message}
     previous = deployment.previous_version
     return {

@@ -6,15 +6,29 @@ from datetime import timedelta
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Response, current_app, jsonify, request
+from flask import Response, current_app, jsonify
+from werkzeug.http import quote_etag
 
 from control_plane.auth.services import require_key, role_allows
-from control_plane.errors import BadRequest
+from control_plane.errors import Conflict, PreconditionFailed
+from control_plane.operations import ETAG, Operation, Page
 from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.schemas import (
+    MAX_NUMBER,
+    AliasesOut,
     AliasIn,
+    AliasOut,
     DeploymentIn,
+    DeploymentOut,
+    DeploymentQuery,
+    EvaluationOut,
+    EvaluationQuery,
     ModelEdit,
+    ModelOut,
+    ModelQuery,
+    SummaryOut,
+    VersionOut,
+    VersionQuery,
     alias_out,
     deployment_out,
     evaluation_out,
@@ -24,100 +38,123 @@ from control_plane.registry.schemas import (
 )
 from control_plane.registry.serving_state import ServingState
 from control_plane.registry.tables import IN_PROGRESS, Alias, Model
-from control_plane.requests import page, parse_body, query_number, query_text
+from control_plane.requests import IfMatch, page
 from control_plane.settings import Settings
 
 models = APIBlueprint("models", __name__, url_prefix="/api/v1")
 
-MAX_PAGE = 200
-MAX_NUMBER = 10**9 - 1
+Tagged = tuple[dict[str, Any], dict[str, str]]
+LOCATION = {"Location": "where the deployment is shown"}
 
 
 @models.get("/models")
 @require_key("viewer")
-def list_models() -> dict[str, Any]:
-    limit = query_number("limit", 50, most=MAX_PAGE)
-    found = services.find_models(query_text("after"), query_text("prefix"), limit + 1)
+@Operation(Page[SummaryOut], query=ModelQuery)
+def list_models(query: ModelQuery) -> dict[str, Any]:
+    """Models by name, each with its newest version and what is served of it."""
+    found = services.find_models(query.after, query.prefix, query.limit + 1)
     serving, aliases = _serving(), deployments.aliases_of(summary.model for summary in found)
-    return page(found, limit, lambda summary: summary_out(summary, aliases[summary.model.id], serving))
+    return page(found, query.limit, lambda summary: summary_out(summary, aliases[summary.model.id], serving))
 
 
 @models.get("/models/<name>")
 @require_key("viewer")
-def show_model(name: str) -> Response:
+@Operation(ModelOut, sends=ETAG)
+def show_model(name: str) -> Tagged:
+    """One model."""
     model = services.get_model(name)
     return _with_etag(model_out(model, _aliases(model)))
 
 
 @models.patch("/models/<name>")
 @require_key("operator")
-def edit_model(name: str) -> Response:
-    """With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster."""
-    model = services.edit_model(name, parse_body(ModelEdit).changes, _expected_revision())
+@Operation(ModelOut, headers=IfMatch, body=ModelEdit, errors=(PreconditionFailed,), sends=ETAG)
+def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> Tagged:
+    """Change a model's description or thresholds.
+
+    With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster.
+    """
+    model = services.edit_model(name, body.changes, headers.revision)
     return _with_etag(model_out(model, _aliases(model)))
 
 
 @models.get("/models/<name>/versions")
 @require_key("viewer")
-def list_versions(name: str) -> dict[str, Any]:
-    limit, before = query_number("limit", 50, most=MAX_PAGE), _before()
-    found = services.find_versions(name, before, limit + 1)
+@Operation(Page[VersionOut], query=VersionQuery)
+def list_versions(name: str, query: VersionQuery) -> dict[str, Any]:
+    """Versions of a model, newest first."""
+    found = services.find_versions(name, query.before, query.limit + 1)
     serving, aliases = _serving(), _aliases(services.get_model(name))
-    return page(found, limit, lambda version: version_out(version, name, aliases, serving))
+    return page(found, query.limit, lambda version: version_out(version, name, aliases, serving))
 
 
 @models.get("/models/<name>/versions/<int:number>")
 @require_key("viewer")
+@Operation(VersionOut)
 def show_version(name: str, number: int) -> dict[str, Any]:
-    version = services.get_version(name, min(number, MAX_NUMBER + 1))
+    """One version."""
+    version = services.get_version(name, _bounded(number))
     return version_out(version, name, _aliases(version.model), _serving())
 
 
 @models.post("/models/<name>/versions/<int:number>/retire")
 @require_key("operator")
+@Operation(VersionOut, errors=(Conflict,))
 def retire_version(name: str, number: int) -> dict[str, Any]:
-    """It is never served again, and its files may be collected as garbage."""
-    version = deployments.retire(name, min(number, MAX_NUMBER + 1))
+    """Never serve a version again; its files may be collected as garbage."""
+    version = deployments.retire(name, _bounded(number))
     return version_out(version, name, _aliases(version.model), _serving())
 
 
 @models.get("/models/<name>/aliases")
 @require_key("viewer")
+@Operation(AliasesOut)
 def list_aliases(name: str) -> dict[str, Any]:
+    """What points to which version."""
     return {"data": [alias_out(alias) for alias in _aliases(services.get_model(name))]}
 
 
 @models.put("/models/<name>/aliases/<alias>")
 @require_key("operator")
-def set_alias(name: str, alias: str) -> Response:
-    """Production and canary are moved by deployments only."""
-    version = parse_body(AliasIn).version
-    return _with_etag(alias_out(deployments.set_alias(name, alias, version, _expected_revision())))
+@Operation(AliasOut, headers=IfMatch, body=AliasIn, errors=(Conflict, PreconditionFailed), sends=ETAG)
+def set_alias(name: str, alias: str, headers: IfMatch, body: AliasIn) -> Tagged:
+    """Point an alias to a version; production and canary are moved by deployments only."""
+    return _with_etag(alias_out(deployments.set_alias(name, alias, body.version, headers.revision)))
 
 
 @models.delete("/models/<name>/aliases/<alias>")
 @require_key("operator")
+@Operation(None, 204, errors=(Conflict,))
 def delete_alias(name: str, alias: str) -> Response:
+    """Remove an alias."""
     deployments.delete_alias(name, alias)
     return Response(status=204)
 
 
 @models.get("/models/<name>/deployments")
 @require_key("viewer")
-def list_deployments(name: str) -> dict[str, Any]:
+@Operation(Page[DeploymentOut], query=DeploymentQuery)
+def list_deployments(name: str, query: DeploymentQuery) -> dict[str, Any]:
     """The history of what was served, newest first."""
-    limit, before = query_number("limit", 50, most=MAX_PAGE), _before()
-    return page(deployments.history(name, before, limit + 1), limit, deployment_out)
+    return page(deployments.history(name, query.before, query.limit + 1), query.limit, deployment_out)
 
 
 @models.post("/models/<name>/deployments")
 @require_key("operator")
-def deploy(name: str) -> Response:
+@Operation(
+    DeploymentOut,
+    201,
+    also=(202,),
+    headers=IfMatch,
+    body=DeploymentIn,
+    errors=(Conflict, PreconditionFailed),
+    sends=LOCATION,
+)
+def deploy(name: str, headers: IfMatch, body: DeploymentIn) -> Response:
     """Promote, roll back, canary, abort or withdraw; 201 if that is done, 202 if its version has to be loaded first.
 
     With ``If-Match: "<revision of the production alias>"`` it is refused if somebody else was faster.
     """
-    body, settings = parse_body(DeploymentIn), _settings()
     deployment = deployments.deploy(
         name,
         body.kind,
@@ -127,8 +164,8 @@ def deploy(name: str) -> Response:
         reason=body.reason,
         force=body.force,
         may_force=role_allows("admin"),
-        warm=timedelta(seconds=settings.warm_s),
-        revision=_expected_revision(),
+        warm=timedelta(seconds=_settings().warm_s),
+        revision=headers.revision,
     )
     response = jsonify(deployment_out(deployment))
     response.status_code = 202 if deployment.state == IN_PROGRESS else 201
@@ -138,37 +175,28 @@ def deploy(name: str) -> Response:
 
 @models.get("/models/<name>/deployments/<int:deployment_id>")
 @require_key("viewer")
+@Operation(DeploymentOut)
 def show_deployment(name: str, deployment_id: int) -> dict[str, Any]:
-    return deployment_out(deployments.get_deployment(name, min(deployment_id, MAX_NUMBER)))
+    """One deployment."""
+    return deployment_out(deployments.get_deployment(name, _bounded(deployment_id)))
 
 
 @models.get("/models/<name>/evaluations")
 @require_key("viewer")
-def list_evaluations(name: str) -> dict[str, Any]:
-    """What was measured of a model's versions, newest first; ``version`` narrows it to one."""
-    limit, before = query_number("limit", 50, most=MAX_PAGE), _before()
-    number = query_number("version", 0, least=0, most=MAX_NUMBER) or None
-    return page(services.find_evaluations(name, number, before, limit + 1), limit, evaluation_out)
+@Operation(Page[EvaluationOut], query=EvaluationQuery)
+def list_evaluations(name: str, query: EvaluationQuery) -> dict[str, Any]:
+    """What was measured of a model's versions, newest first."""
+    found = services.find_evaluations(name, query.version, query.before, query.limit + 1)
+    return page(found, query.limit, evaluation_out)
 
 
-def _with_etag(document: dict[str, Any]) -> Response:
-    response = jsonify(document)
-    response.set_etag(str(document["revision"]))
-    return response
+def _with_etag(document: dict[str, Any]) -> Tagged:
+    return document, {"ETag": quote_etag(str(document["revision"]))}
 
 
-def _expected_revision() -> int | None:
-    given = request.headers.get("If-Match")
-    if given is None or given.strip() == "*":
-        return None
-    revision = given.strip().strip('"')
-    if not (revision.isascii() and revision.isdecimal() and len(revision) < 10):
-        raise BadRequest(f"If-Match has value {given!r:.100}; expected the ETag of the object, as GET gives it")
-    return int(revision)
-
-
-def _before() -> int | None:
-    return query_number("before", 0, least=0, most=MAX_NUMBER) or None
+def _bounded(number: int) -> int:
+    """No number of ours is above; a database would refuse what does not fit its column."""
+    return min(number, MAX_NUMBER + 1)
 
 
 def _aliases(model: Model) -> list[Alias]:

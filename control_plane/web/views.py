@@ -7,14 +7,18 @@ from typing import Any
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, render_template, request
 
+from control_plane.operations import HTML, Operation
 from control_plane.settings import Settings
+from control_plane.web.schemas import Live, Readiness
 from control_plane.web.services import SystemStatus, health_report, package_versions
 
 pages = APIBlueprint("web", __name__, template_folder="templates")
 
 
 @pages.get("/")
+@Operation(HTML)
 def index() -> str:
+    """The page that shows what is running."""
     settings = _settings()
     return render_template(
         "index.html",
@@ -26,6 +30,7 @@ def index() -> str:
 
 
 @pages.get("/status")
+@Operation(HTML)
 def status() -> str:
     """The part of the index page that changes; the page fetches it every few seconds."""
     return render_template("status.html", **_live())
@@ -33,12 +38,16 @@ def status() -> str:
 
 @pages.get("/health")
 @pages.get("/health/live")
+@Operation(Live)
 def live() -> dict[str, str]:
+    """The web process answers."""
     return {"status": "live"}
 
 
 @pages.get("/health/ready")
+@Operation(Readiness, also=(503,))
 def ready() -> Response:
+    """Whether every installed model answers a one-token probe; 503 if not, with the reason per model."""
     report, is_ready = health_report(_system().models())
     response = jsonify(report)
     response.status_code = 200 if is_ready else 503

@@ -16,6 +16,13 @@ from control_plane.registry.serving_state import LOADED, ModelState, ServingStat
 from control_plane.registry.tables import PRODUCTION, Alias, Model, Version
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.contract import watched
+
+
+@pytest.fixture(autouse=True)
+def every_answer_is_as_documented():
+    with watched():
+        yield
 
 
 @pytest.fixture

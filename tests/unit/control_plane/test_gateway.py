@@ -407,4 +407,5 @@ def test_request_id_is_echoed_or_made(client):
 
 def test_unknown_path_and_wrong_method_are_json(client):
     assert error_of(client.get("/v1/nope"))["code"] == "not_found"
-    assert client.get("/v1/completions").status_code == 405
+    wrong = client.get("/v1/completions")
+    assert wrong.status_code == 405 and "POST" in wrong.headers["Allow"]

@@ -114,6 +114,8 @@ def test_kinds_show_their_parameters_as_a_schema(llmos):
         ({**EXPORT, "checkpoint": "x" * 2000}, "params.checkpoint"),
         ({**EXPORT, "max_model_len": 0}, "params.max_model_len has value 0"),
         ({**EXPORT, "max_model_len": "many"}, "params.max_model_len"),
+        ({**EXPORT, "max_model_len": "5"}, "params.max_model_len has value '5'"),
+        ({**EXPORT, "max_model_len": True}, "params.max_model_len has value True"),
         ({**EXPORT, "out": "/etc"}, "params.out"),
     ],
 )
@@ -134,6 +136,25 @@ def test_a_bad_body_is_a_problem_document(client, body):
     assert answer.mimetype == "application/problem+json"
     assert set(answer.json) == {"type", "title", "status", "detail", "code", "request_id"}
     assert answer.json["request_id"] == answer.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_json_cannot_say_is_not_stored(client, number):
+    body = f'{{"kind": "pretrain", "params": {{"name": "tiny", "learning_rate": {number}}}}}'
+    answer = client.post("/api/v1/jobs", data=body)
+    assert answer.status_code == 400 and "params.learning_rate" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("priority", ["3.0", "3", "-100"])
+def test_a_whole_number_may_be_written_with_a_point(client, priority):
+    body = f'{{"kind": "pretrain", "params": {{"name": "tiny"}}, "priority": {priority}}}'
+    assert client.post("/api/v1/jobs", data=body).json["priority"] == float(priority)
+
+
+@pytest.mark.parametrize("priority", ["3.5", '"3"', "true", "101", "1e30"])
+def test_a_priority_that_is_none_is_refused(client, priority):
+    body = f'{{"kind": "pretrain", "params": {{"name": "tiny"}}, "priority": {priority}}}'
+    assert client.post("/api/v1/jobs", data=body).status_code == 400
 
 
 @pytest.mark.parametrize("job_id", ["0", "..", "%2e%2e", "x" * 300, "' OR 1=1 --", "%00"])

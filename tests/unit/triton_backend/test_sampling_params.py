@@ -6,6 +6,7 @@ import json
 import math
 import time
 
+import jsonschema_rs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,3 +242,27 @@ def test_scores_and_log_probabilities_of_the_prompt_have_their_tensors():
 
 def test_every_grammar_parameter_is_one_that_a_request_may_name():
     assert set(GRAMMAR_PARAMETERS) <= set(OTHER_PARAMETERS)
+
+
+PLAIN = [0, 1, -1, 5, 0.5, 1.0, -3.5, 1e300, 2**31, 2**70, True, False, "never", "a", "a" * 300, "12", None]
+NESTED = [[], [1], [-1], [True], ["a"], ["a"] * 300, [[1, 2.0]], {}, {"1": 2}, {"x": 1}, {"1": 101}, {"9" * 12: 1}]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_the_schema_of_a_parameter_allows_is_accepted(name):
+    kind = FIELDS[name]
+    validator = jsonschema_rs.Draft202012Validator(kind.schema())
+    allowed = [value for value in PLAIN + NESTED if validator.is_valid(value)]
+    assert allowed
+    for value in allowed:
+        kind.parse(name, value)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_plain_values_that_the_schema_of_a_parameter_forbids_are_refused(name):
+    kind = FIELDS[name]
+    validator = jsonschema_rs.Draft202012Validator(kind.schema())
+    for value in (-(2**80), 2**80, [[[1]]], {"x": 1}):
+        if not validator.is_valid(value):
+            with pytest.raises(InvalidRequest):
+                kind.parse(name, value)

@@ -229,7 +229,11 @@ def test_aliases_of_ones_own_point_anywhere_and_those_of_deployments_are_moved_b
     with pytest.raises(ApiError, match="by somebody else"):
         llmos.set_alias("chat", "stable", 1, revision=1)
     assert aliases(llmos) == {"production": 1, "stable": 2}
-    for name, said in (("production", "by deployments only"), ("7", "not a number"), ("Ä", "is not allowed")):
+    for name, said in (
+        ("production", "by deployments only"),
+        ("7", "beginning with a letter"),
+        ("Ä", "is not allowed"),
+    ):
         with pytest.raises(ApiError, match=said):
             llmos.set_alias("chat", name, 1)
     llmos.delete_alias("chat", "stable")
