@@ -8,6 +8,7 @@ README.md is checked against this file by tests/test_docs.py.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,6 +35,13 @@ def _optional_path(value: str) -> Path | None:
 
 
 def _optional_text(value: str) -> str | None:
+    return value or None
+
+
+def _database_url(value: str) -> str | None:
+    form = r"sqlite://.*|postgresql(\+psycopg)?://([^/]*@)?(\[[^]]*\]|[^:/@]*)(:\d+)?(/.*)?"
+    if value and not re.fullmatch(form, value):
+        raise ValueError("sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME")
     return value or None
 
 
@@ -96,7 +104,7 @@ class Settings:
         "LLMOS_REDIS_URL", _optional_text, "", "Redis to use instead of starting one"
     )
     database_url_override: str | None = _setting(
-        "LLMOS_DATABASE_URL", _optional_text, "", "SQLAlchemy URL; a SQLite file in LLMOS_HOME if empty"
+        "LLMOS_DATABASE_URL", _database_url, "", "SQLite or PostgreSQL; a SQLite file in LLMOS_HOME if empty"
     )
     artifacts_url_override: str | None = _setting(
         "LLMOS_ARTIFACTS_URL", _optional_text, "", "fsspec URL of the artifact store; a folder in LLMOS_HOME if empty"
@@ -130,7 +138,9 @@ class Settings:
             try:
                 values[setting.name] = parse(raw)
             except ValueError as error:
-                raise SettingsError(f"{variable} has value {raw!r}; expected {error}.") from None
+                # A URL may hold a password.
+                shown = re.sub(r"://[^/]*@", "://…@", raw)
+                raise SettingsError(f"{variable} has value {shown!r}; expected {error}.") from None
         return cls(**values)
 
     @property

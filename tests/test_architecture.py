@@ -22,7 +22,7 @@ MODELS = {"exporters": {"control_plane.training.recipes.seq2seq_transformer"}}
 MODEL_LIBRARIES = {"torch", "safetensors"}
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
-    {"errors", "settings", "secrets", "extensions", "logs", "responses", "requests", "version_facts"},
+    {"errors", "settings", "secrets", "databases", "extensions", "logs", "responses", "requests", "version_facts"},
     {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses", "client"},
     {"auth"},
     {"jobs"},
