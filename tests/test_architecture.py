@@ -23,7 +23,7 @@ MODEL_LIBRARIES = {"torch", "safetensors"}
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
     {"errors", "settings", "secrets", "databases", "extensions", "logs", "responses", "requests", "version_facts"},
-    {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses", "client"},
+    {"triton", "triton_wire", "triton_fake", "artifacts", "durable_folders", "subprocesses", "client"},
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},
