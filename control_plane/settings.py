@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,6 +55,12 @@ def _port(value: str) -> int:
 def _count(value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError("a whole number ≥ 1")
+    return int(value)
+
+
+def _days(value: str) -> int:
+    if not value.isdigit() or not 1 <= int(value) <= 36500:
+        raise ValueError("a whole number of days from 1 to 36500")
     return int(value)
 
 
@@ -108,6 +115,9 @@ class Settings:
     )
     artifacts_url_override: str | None = _setting(
         "LLMOS_ARTIFACTS_URL", _optional_text, "", "fsspec URL of the artifact store; a folder in LLMOS_HOME if empty"
+    )
+    retry_days: int = _setting(
+        "LLMOS_RETRY_DAYS", _days, "7", "how long a failed or cancelled job can be run again; then its files go"
     )
     web_threads: int = _setting("LLMOS_WEB_THREADS", _count, "64", "requests that the web server handles at once")
     api_key: str | None = _setting(
@@ -185,8 +195,12 @@ class Settings:
 
     @property
     def jobs_dir(self) -> Path:
-        """One folder per job that has not succeeded yet."""
+        """One folder per job that runs or can be run again."""
         return self.home / "jobs"
+
+    @property
+    def retry_limit(self) -> timedelta:
+        return timedelta(days=self.retry_days)
 
     @property
     def checkpoints_dir(self) -> Path:

@@ -1,12 +1,18 @@
 """What keeps jobs going: every worker looks, again and again, for jobs of dead workers and for queues that sleep.
 
-It writes by compare-and-set, so that several may look at once.
+It writes by compare-and-set, so that several may look at once. Every hour it clears folders of jobs that cannot be
+run again.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import socket
 import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,11 +24,15 @@ from sqlalchemy import func, select
 
 from control_plane.databases import UNREACHABLE
 from control_plane.extensions import db, now
-from control_plane.jobs.services import change, wake
-from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, Job
+from control_plane.jobs.services import JOB_ID, change, wake
+from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
+from control_plane.settings import Settings
 
 MEND_S = 2.0
 AFTER_AN_OUTAGE_S = 5.0
+TIDY_S = 3600.0
+CLOCK_TOLERANCE = timedelta(minutes=5)
+"""Another machine's clock may still allow a retry."""
 MAX_ATTEMPTS = 3
 """A job that takes its worker down so many times is not started again."""
 
@@ -30,7 +40,7 @@ log = structlog.get_logger(__name__)
 
 
 def keep_mending(app: Flask, stopping: threading.Event) -> None:
-    was_away = False
+    was_away, tidied_at = False, -math.inf
     while not stopping.wait(MEND_S):
         try:
             with app.app_context():
@@ -40,6 +50,9 @@ def keep_mending(app: Flask, stopping: threading.Event) -> None:
                     db.session.rollback()
                     stopping.wait(AFTER_AN_OUTAGE_S)
                 mend(app.extensions["celery"])
+                if time.monotonic() - tidied_at >= TIDY_S:
+                    remove_old_folders(app.config["SETTINGS"])
+                    tidied_at = time.monotonic()
             was_away = False
         except UNREACHABLE as error:
             was_away = True
@@ -69,6 +82,32 @@ def mend(celery: Celery) -> None:
     for queue, num_jobs in waiting:
         if _num_messages(celery, queue) == 0:
             wake(celery, queue, num_jobs)
+
+
+def remove_old_folders(settings: Settings) -> None:
+    """Delete the folders of jobs that have ended for good, or that this database does not know any more."""
+    latest = now() - settings.retry_limit - CLOCK_TOLERANCE
+    for folder in settings.jobs_dir.glob("*"):
+        if not JOB_ID.fullmatch(folder.name):
+            continue
+        job = db.session.get(Job, folder.name)
+        if _has_ended_before(job, latest) if job is not None else _changed_at(folder) < latest:
+            shutil.rmtree(folder, ignore_errors=True)
+            log.info("job_folder_removed", job=folder.name)
+    db.session.rollback()
+
+
+def _has_ended_before(job: Job, latest: datetime) -> bool:
+    if job.state == SUCCEEDED:
+        return True
+    return job.state in ENDED and job.finished_at is not None and job.finished_at < latest
+
+
+def _changed_at(folder: Path) -> datetime:
+    try:
+        return datetime.fromtimestamp(folder.stat().st_mtime, UTC).replace(tzinfo=None)
+    except FileNotFoundError:
+        return now()  # Another worker was faster.
 
 
 def _is_lost(job: Job) -> bool:

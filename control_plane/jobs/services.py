@@ -196,8 +196,11 @@ def cancel(job_id: str) -> Job:
     return job
 
 
-def retry(celery: Celery, job_id: str) -> Job:
-    """Queue a failed or cancelled job again; it goes on after its last finished step."""
+def retry(celery: Celery, job_id: str, limit: timedelta) -> Job:
+    """Queue a failed or cancelled job again; it goes on after its last finished step.
+
+    Raises Conflict for any other, and if it ended longer than ``limit`` ago: then what it had made is gone.
+    """
     job = get(job_id)
     fresh: dict[str, Any] = {
         "error": None,
@@ -206,8 +209,14 @@ def retry(celery: Celery, job_id: str) -> Job:
         "lease_owner": None,
         "progress": {},
     }
-    if not change(Job.id == job_id, Job.state.in_((FAILED, CANCELLED)), state=QUEUED, attempt=0, **fresh):
+    can_go_on = (Job.id == job_id, Job.state.in_((FAILED, CANCELLED)), Job.finished_at > now() - limit)
+    if not change(*can_go_on, state=QUEUED, attempt=0, **fresh):
         db.session.rollback()
+        if job.state in (FAILED, CANCELLED):
+            raise Conflict(
+                f"job {job_id} ended more than {limit.days} days ago and its files are gone; submit it again, "
+                "and set LLMOS_RETRY_DAYS higher to keep such files longer"
+            )
         raise Conflict(f"job {job_id} is {job.state}; only a FAILED or CANCELLED job can be run again")
     audit.record("job.retry", job_id)
     db.session.commit()

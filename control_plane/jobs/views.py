@@ -101,7 +101,8 @@ def cancel_job(job_id: str) -> dict[str, Any]:
 @jobs.post("/jobs/<job_id>/retry")
 @require_key("operator")
 def retry_job(job_id: str) -> dict[str, Any]:
-    return job_out(services.retry(current_app.extensions["celery"], job_id))
+    limit = current_app.config["SETTINGS"].retry_limit
+    return job_out(services.retry(current_app.extensions["celery"], job_id, limit))
 
 
 def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import redis
@@ -14,7 +16,7 @@ import sqlalchemy
 
 from control_plane.auth.services import create_key
 from control_plane.errors import BadRequest, Conflict
-from control_plane.extensions import db
+from control_plane.extensions import db, now
 from control_plane.jobs import mending, runner, services
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
 
@@ -100,11 +102,11 @@ def test_a_failed_job_says_why_and_a_retry_goes_on_after_its_last_finished_step(
     job_id = jobs.submit("chain", {"needed": str(needed)})
     assert jobs.wait(job_id, FAILED).error == f"{needed} is missing"
     needed.touch()
-    jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+    jobs.call(services.retry, jobs.app.extensions["celery"], job_id, settings.retry_limit)
     jobs.wait(job_id, SUCCEEDED)
     assert lines(settings.home / "notes") == [job_id]
     with pytest.raises(Conflict, match="only a FAILED or CANCELLED job"):
-        jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+        jobs.call(services.retry, jobs.app.extensions["celery"], job_id, settings.retry_limit)
 
 
 def test_200_jobs_drain_through_two_workers_while_redis_is_restarted_twice(jobs, start_worker, settings, redis_process):
@@ -257,3 +259,35 @@ def test_events_are_followed_live_and_resumed_by_their_id(jobs, start_worker):
 def parse_events(text: str) -> list[tuple[int, dict]]:
     blocks = [block.split("\n") for block in text.strip().split("\n\n") if block.startswith("id:")]
     return [(int(block[0].removeprefix("id: ")), json.loads(block[1].removeprefix("data: "))) for block in blocks]
+
+
+def test_folders_are_removed_when_their_job_cannot_be_run_again(jobs, settings):
+    days = {"fresh": (FAILED, 1), "old": (FAILED, 8), "cancelled": (CANCELLED, 8), "done": (SUCCEEDED, 0)}
+    ids = {name: jobs.submit("note") for name in ("queued", *days)}
+    ids["forgotten"] = "0" * 32
+    for job_id in (*ids.values(), "not-a-job"):
+        (settings.jobs_dir / job_id / "version").mkdir(parents=True)
+    eight_days_ago = time.time() - 8 * 24 * 3600
+    for name in ("forgotten", "queued"):
+        os.utime(settings.jobs_dir / ids[name], (eight_days_ago, eight_days_ago))
+    with jobs.app.app_context():
+        for name, (state, age) in days.items():
+            ended_at = now() - timedelta(days=age)
+            services.change(Job.id == ids[name], state=state, finished_at=ended_at)
+        db.session.commit()
+        mending.remove_old_folders(settings)
+    kept = {path.name for path in settings.jobs_dir.iterdir()}
+    assert kept == {ids["queued"], ids["fresh"], "not-a-job"}
+    celery = jobs.app.extensions["celery"]
+    for name in ("old", "cancelled"):
+        with pytest.raises(Conflict, match="ended more than 7 days ago and its files are gone; submit it again"):
+            jobs.call(services.retry, celery, ids[name], settings.retry_limit)
+    assert jobs.call(services.retry, celery, ids["fresh"], settings.retry_limit).state == QUEUED
+
+
+def test_a_worker_removes_old_folders_when_it_starts(jobs, start_worker, settings):
+    job_id = jobs.submit("note")
+    jobs.call(runner.run_next, jobs.app, "default")
+    (settings.jobs_dir / job_id).mkdir()
+    start_worker()
+    wait_for(lambda: not (settings.jobs_dir / job_id).exists(), 30, "removal of the folder")
