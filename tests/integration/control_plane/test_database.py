@@ -148,7 +148,7 @@ def test_two_that_start_at_once_migrate_an_empty_database_once(environment, sett
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_preflight_wants_utf8(settings, postgresql):
     assert list(preflight._database(settings)) == []
-    url = postgresql.create_database("TEMPLATE template0 ENCODING 'LATIN1'")
+    url = postgresql.create_database("TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C'")
     (problem,) = preflight._database(replace(settings, database_url_override=url))
     assert "has the encoding LATIN1; llmos needs UTF8" in str(problem)
     postgresql.drop_database(url)

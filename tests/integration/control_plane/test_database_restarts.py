@@ -133,7 +133,7 @@ def test_a_database_that_was_away_longer_than_a_lease_takes_no_job_from_its_work
     monkeypatch.setattr(mending, "AFTER_AN_OUTAGE_S", 2.0)
     stopping = threading.Event()
     mender = threading.Thread(target=mending.keep_mending, args=(jobs.app, stopping))
-    job_id = jobs.submit("chain", {"seconds": 8})
+    job_id = jobs.submit("chain", {"seconds": 6})
     running = threading.Thread(target=runner.run_next, args=(jobs.app, "default"))
     running.start()
     mender.start()

@@ -131,7 +131,6 @@ def test_a_flushed_redis_loses_no_job(jobs, start_worker, settings):
     jobs.wait(job_id, SUCCEEDED)
 
 
-@on_both_databases
 def test_more_urgent_jobs_come_first(jobs, start_worker, settings):
     ids = [jobs.submit("note", priority=priority) for priority in (0, 5, -5, 5)]
     start_worker()
@@ -241,7 +240,6 @@ def test_bad_parameters_are_refused_before_anything_is_stored(jobs):
         jobs.submit("nothing")
 
 
-@on_both_databases
 def test_events_are_followed_live_and_resumed_by_their_id(jobs, start_worker):
     with jobs.app.app_context():
         key = create_key("test", "viewer")
