@@ -20,7 +20,7 @@ up: .venv/.installed ## install what is missing, make the starter model, start e
 	@exec .venv/bin/llmos up $(ARGS)
 
 test: .venv/.installed-test ## run the tests; TIER=unit|integration|e2e runs one tier, ARGS go to pytest
-	@exec .venv/bin/python -m pytest $(if $(TIER),-m $(TIER)) $(ARGS)
+	@exec .venv/bin/python -m tests $(if $(TIER),-m $(TIER)) $(ARGS)
 
 check: .venv/.installed-check ## lint and type-check
 	.venv/bin/ruff check .

@@ -43,7 +43,10 @@ def upgrade_database(settings: Settings) -> None:
     """Bring the database to the newest schema, from empty or from any earlier version; safe to repeat."""
     import flask_migrate
 
-    from control_plane.extensions import MIGRATIONS_DIR
+    from control_plane.extensions import MIGRATIONS_DIR, db
 
     with create_app(settings).app_context():
-        flask_migrate.upgrade(directory=str(MIGRATIONS_DIR))
+        try:
+            flask_migrate.upgrade(directory=str(MIGRATIONS_DIR))
+        finally:
+            db.engine.dispose()

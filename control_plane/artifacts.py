@@ -2,26 +2,34 @@
 
     <url>/<sha256 of manifest.json>/model.onnx  model.json  …  manifest.json
 
-The manifest is written last and deleted first, so an artifact that has one is complete. What comes in is verified
-against its manifest, what goes out against the manifest and the digest that was asked for. It knows files only.
+An artifact that has a manifest is complete: on a disk the whole folder appears in one rename (durable_folders),
+elsewhere the manifest is written last and deleted first. What comes in is verified against its manifest, what goes
+out against the manifest and the digest that was asked for. It knows files only.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from control_plane import durable_folders
 from control_plane.errors import ControlPlaneError, NotFound
 from control_plane.settings import Settings
 from triton_backend.errors import VersionFolderError
 from triton_backend.version_folder import MANIFEST_JSON, digest, verify
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+MIB = 1 << 20
 
 
 class ArtifactError(ControlPlaneError):
@@ -32,29 +40,35 @@ class ArtifactError(ControlPlaneError):
 
 
 class ArtifactStore:
-    """One store; may be used by many processes at once, because nothing in it ever changes."""
+    """One store; may be used by many processes at once: what is whole in it never changes."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         filesystem, root = fsspec.core.url_to_fs(url)
         self._files: Any = filesystem
         self._root = root.rstrip("/")
+        self._is_local = isinstance(filesystem, LocalFileSystem)
 
     def put(self, folder: Path) -> str:
-        """Store a sealed folder, unless it is there already, and return its digest; raises ArtifactError."""
+        """Store a sealed folder and return its digest; raises ArtifactError.
+
+        One that is there already is kept if it is whole, and replaced if it is damaged.
+        """
+        needed_bytes = 0
         try:
             manifest = verify(folder)
             found = digest(folder)
-            if not self.has(found):
-                for name in (*manifest["files"], MANIFEST_JSON):
-                    target = self._path(found, name)
-                    self._files.makedirs(os.path.dirname(target), exist_ok=True)
-                    self._files.put_file(str(folder / name), target)
+            needed_bytes = _size(manifest)
+            with self._only_writer():
+                if not self._is_whole(found):
+                    self._remove(found)
+                    self._write(folder, [*manifest["files"], MANIFEST_JSON], found)
             return found
         except VersionFolderError as error:
             raise ArtifactError(error.args[0]) from error
         except OSError as error:
-            raise ArtifactError(f"cannot store {folder} in {self._url}: {error}") from error
+            why = _explain(error, Path(self._root) if self._is_local else None, needed_bytes)
+            raise ArtifactError(f"cannot store {folder} in {self._url}: {why}") from error
 
     def get(self, wanted: str, target: Path) -> None:
         """Copy an artifact to ``target``, which must not exist; complete and verified, or not at all.
@@ -65,25 +79,31 @@ class ArtifactStore:
             raise NotFound(f"artifact {wanted} is not in {self._url}")
         staged = target.with_name(f".{target.name}.fetched-{os.getpid()}")
         shutil.rmtree(staged, ignore_errors=True)
+        needed_bytes = 0
         try:
             root = self._path(wanted)
-            for path in self._files.find(root):
+            found = self._files.find(root, detail=True)
+            needed_bytes = sum(file["size"] for file in found.values())
+            durable_folders.require_space(target.parent, needed_bytes)
+            for path in found:
                 copied = staged / path.removeprefix(f"{root}/")
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 self._files.get_file(path, str(copied))
             verify(staged)
             if digest(staged) != wanted:
                 raise ArtifactError(f"artifact {wanted} in {self._url} has another manifest than its name says")
-            os.rename(staged, target)
+            durable_folders.publish_folder(staged, target)
         except VersionFolderError as error:
             raise ArtifactError(f"artifact {wanted} in {self._url} is damaged: {error.args[0]}") from error
         except OSError as error:
-            raise ArtifactError(f"cannot copy artifact {wanted} to {target}: {error}") from error
+            shutil.rmtree(staged, ignore_errors=True)
+            why = _explain(error, target.parent, needed_bytes)
+            raise ArtifactError(f"cannot copy artifact {wanted} to {target}: {why}") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
     def has(self, wanted: str) -> bool:
-        """Whether a complete artifact of this digest is there."""
+        """Whether a complete artifact of this digest is there; that it is undamaged only ``get`` can say."""
         return DIGEST.fullmatch(wanted) is not None and bool(self._files.exists(self._path(wanted, MANIFEST_JSON)))
 
     def digests(self) -> list[str]:
@@ -95,10 +115,51 @@ class ArtifactStore:
 
     def delete(self, wanted: str) -> None:
         """Forget an artifact; one that is not there is no error."""
+        if DIGEST.fullmatch(wanted) and self._files.exists(self._path(wanted)):
+            with self._only_writer():
+                self._remove(wanted)
+
+    def _remove(self, wanted: str) -> None:
+        if self._is_local:
+            durable_folders.remove_folder(Path(self._path(wanted)))
+            return
         if self.has(wanted):
             self._files.rm_file(self._path(wanted, MANIFEST_JSON))
-        if DIGEST.fullmatch(wanted) and self._files.exists(self._path(wanted)):
+        if self._files.exists(self._path(wanted)):
             self._files.rm(self._path(wanted), recursive=True)
+
+    def _write(self, folder: Path, names: Iterable[str], wanted: str) -> None:
+        """``names`` ends with the manifest."""
+        if self._is_local:
+            durable_folders.copy_folder(folder, list(names), Path(self._path(wanted)))
+            return
+        for name in names:
+            target = self._path(wanted, name)
+            self._files.makedirs(os.path.dirname(target), exist_ok=True)
+            self._files.put_file(str(folder / name), target)
+
+    def _is_whole(self, wanted: str) -> bool:
+        """Whether every byte of an artifact is there and right."""
+        if not self.has(wanted):
+            return False
+        root = self._path(wanted)
+        if self._sha256(f"{root}/{MANIFEST_JSON}") != wanted:
+            return False
+        listed = json.loads(self._files.cat_file(f"{root}/{MANIFEST_JSON}"))["files"]
+        names = {path.removeprefix(f"{root}/") for path in self._files.find(root)}
+        return names == {*listed, MANIFEST_JSON} and all(
+            self._sha256(f"{root}/{name}") == file["sha256"] for name, file in listed.items()
+        )
+
+    def _sha256(self, path: str) -> str:
+        hasher = hashlib.sha256()
+        with self._files.open(path, "rb") as stream:
+            while chunk := stream.read(MIB):
+                hasher.update(chunk)
+        return hasher.hexdigest()
+
+    def _only_writer(self) -> AbstractContextManager[None]:
+        return durable_folders.only_writer(Path(self._root)) if self._is_local else nullcontext()
 
     def _path(self, *parts: str) -> str:
         return "/".join((self._root, *parts))
@@ -106,3 +167,15 @@ class ArtifactStore:
 
 def artifact_store(settings: Settings) -> ArtifactStore:
     return ArtifactStore(settings.artifacts_url)
+
+
+def _size(manifest: dict[str, Any]) -> int:
+    return sum(file["size_bytes"] for file in manifest["files"].values())
+
+
+def _explain(error: OSError, folder: Path | None, needed_bytes: int) -> str:
+    """Where there was no room, also how much is needed."""
+    if error.errno not in durable_folders.OUT_OF_SPACE:
+        return str(error)
+    free = "" if folder is None else f", {durable_folders.free_bytes(folder) / MIB:.1f} MiB are free there"
+    return f"{error}; it needs {needed_bytes / MIB:.1f} MiB{free}; nothing was kept: free some space and try again"

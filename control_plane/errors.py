@@ -12,6 +12,7 @@ ControlPlaneError       500 internal_error
 ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
 ├── RequestTimeout      504 timeout
 ├── Overloaded          503 overloaded            the engine's queue is full; try again
+├── DatabaseUnavailable 503 database_unavailable  it is away, locked or restarting; try again
 └── ServingError        502 serving_error         Triton or the model's process is gone or failed
     ├── ModelNotReady   503 model_not_ready       installed, but loading or failed to load
     └── TritonUnavailable 503 triton_unavailable  no Triton answers at all
@@ -74,6 +75,11 @@ class RequestTimeout(ControlPlaneError):
 class Overloaded(ControlPlaneError):
     status = 503
     code = "overloaded"
+
+
+class DatabaseUnavailable(ControlPlaneError):
+    status = 503
+    code = "database_unavailable"
 
 
 class ServingError(ControlPlaneError):

@@ -5,23 +5,21 @@
 
 from __future__ import annotations
 
-import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from celery import Celery
 from flask import Flask
 from flask_migrate import Migrate
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import MetaData, event
+from sqlalchemy import MetaData, event, make_url
 from sqlalchemy.orm import DeclarativeBase
 
+from control_plane import databases
 from control_plane.settings import Settings
 
 MIGRATIONS_DIR = Path(__file__).resolve().parent / "migrations"
 DEFAULT_QUEUE = "default"
-SQLITE_BUSY_TIMEOUT_MS = 5000
 
 
 class Base(DeclarativeBase):
@@ -55,11 +53,11 @@ migrate = Migrate()
 def init_extensions(app: Flask, settings: Settings) -> None:
     settings.home.mkdir(parents=True, exist_ok=True)
     app.config["SQLALCHEMY_DATABASE_URI"] = settings.database_url
-    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_pre_ping": True}
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = databases.engine_options(make_url(settings.database_url))
     db.init_app(app)
     migrate.init_app(app, db, directory=str(MIGRATIONS_DIR), render_as_batch=True)
     with app.app_context():
-        event.listen(db.engine, "connect", _prepare_sqlite)
+        event.listen(db.engine, "connect", databases.prepare)
     app.extensions["celery"] = create_celery(settings)
 
 
@@ -91,14 +89,3 @@ def create_celery(settings: Settings) -> Celery:
     )
     celery.set_default()
     return celery
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    """Readers and one writer at the same time; a locked database is waited for."""
-    if not isinstance(connection, sqlite3.Connection):
-        return
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_TIMEOUT_MS}")
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=NORMAL"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()

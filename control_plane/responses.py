@@ -17,7 +17,8 @@ from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.http import HTTP_STATUS_CODES
 
-from control_plane.errors import ControlPlaneError
+from control_plane.databases import UNREACHABLE
+from control_plane.errors import ControlPlaneError, DatabaseUnavailable
 from control_plane.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -46,6 +47,8 @@ def init_responses(app: Flask, settings: Settings) -> None:
     app.register_error_handler(ControlPlaneError, _control_plane_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
+    for unreachable in UNREACHABLE:
+        app.register_error_handler(unreachable, _database_error)
 
 
 def read_body() -> bytes:
@@ -123,6 +126,12 @@ def _discard_rest() -> None:
     for _ in range(MAX_DISCARDED_BYTES // DISCARD_CHUNK_BYTES):
         if not stream.read(DISCARD_CHUNK_BYTES):
             return
+
+
+def _database_error(error: Exception) -> Response:
+    # Where the database is and what it said is for the log only.
+    log.warning("database_unavailable", path=request.path, reason=str(getattr(error, "orig", error)))
+    return _control_plane_error(DatabaseUnavailable("the database does not answer at the moment; try again"))
 
 
 def _unexpected_error(error: Exception) -> Response:

@@ -8,8 +8,10 @@ README.md is checked against this file by tests/test_docs.py.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +39,13 @@ def _optional_text(value: str) -> str | None:
     return value or None
 
 
+def _database_url(value: str) -> str | None:
+    form = r"sqlite://.*|postgresql(\+psycopg)?://([^/]*@)?(\[[^]]*\]|[^:/@]*)(:\d+)?(/.*)?"
+    if value and not re.fullmatch(form, value):
+        raise ValueError("sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME")
+    return value or None
+
+
 def _port(value: str) -> int:
     if not value.isdigit() or not 1 <= int(value) <= 65535:
         raise ValueError("a port from 1 to 65535")
@@ -46,6 +55,12 @@ def _port(value: str) -> int:
 def _count(value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError("a whole number ≥ 1")
+    return int(value)
+
+
+def _days(value: str) -> int:
+    if not value.isdigit() or not 1 <= int(value) <= 36500:
+        raise ValueError("a whole number of days from 1 to 36500")
     return int(value)
 
 
@@ -96,10 +111,13 @@ class Settings:
         "LLMOS_REDIS_URL", _optional_text, "", "Redis to use instead of starting one"
     )
     database_url_override: str | None = _setting(
-        "LLMOS_DATABASE_URL", _optional_text, "", "SQLAlchemy URL; a SQLite file in LLMOS_HOME if empty"
+        "LLMOS_DATABASE_URL", _database_url, "", "SQLite or PostgreSQL; a SQLite file in LLMOS_HOME if empty"
     )
     artifacts_url_override: str | None = _setting(
         "LLMOS_ARTIFACTS_URL", _optional_text, "", "fsspec URL of the artifact store; a folder in LLMOS_HOME if empty"
+    )
+    retry_days: int = _setting(
+        "LLMOS_RETRY_DAYS", _days, "7", "how long a failed or cancelled job can be run again; then its files go"
     )
     web_threads: int = _setting("LLMOS_WEB_THREADS", _count, "64", "requests that the web server handles at once")
     api_key: str | None = _setting(
@@ -133,7 +151,9 @@ class Settings:
             try:
                 values[setting.name] = parse(raw)
             except ValueError as error:
-                raise SettingsError(f"{variable} has value {raw!r}; expected {error}.") from None
+                # A URL may hold a password.
+                shown = re.sub(r"://[^/]*@", "://…@", raw)
+                raise SettingsError(f"{variable} has value {shown!r}; expected {error}.") from None
         return cls(**values)
 
     @property
@@ -178,8 +198,12 @@ class Settings:
 
     @property
     def jobs_dir(self) -> Path:
-        """One folder per job that has not succeeded yet."""
+        """One folder per job that runs or can be run again."""
         return self.home / "jobs"
+
+    @property
+    def retry_limit(self) -> timedelta:
+        return timedelta(days=self.retry_days)
 
     @property
     def checkpoints_dir(self) -> Path:

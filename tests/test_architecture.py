@@ -22,8 +22,19 @@ MODELS = {"exporters": {"control_plane.training.recipes.seq2seq_transformer"}}
 MODEL_LIBRARIES = {"torch", "safetensors"}
 # Inside control_plane imports go from a later group to an earlier one (or stay within the same name).
 RANKS = (
-    {"errors", "settings", "secrets", "extensions", "logs", "responses", "requests", "operations", "version_facts"},
-    {"triton", "triton_wire", "triton_fake", "artifacts", "subprocesses", "client"},
+    {
+        "databases",
+        "errors",
+        "extensions",
+        "logs",
+        "operations",
+        "requests",
+        "responses",
+        "secrets",
+        "settings",
+        "version_facts",
+    },
+    {"triton", "triton_wire", "triton_fake", "artifacts", "durable_folders", "subprocesses", "client"},
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},

@@ -23,7 +23,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from control_plane.errors import ControlPlaneError
 from control_plane.extensions import db, now
-from control_plane.jobs.kinds import JobKind
+from control_plane.jobs.kinds import JobKind, Step
 from control_plane.jobs.services import LEASE, owner_of_this_process
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job, JobEvent
 from control_plane.settings import PROJECT_ROOT, Settings
@@ -175,9 +175,7 @@ class Runner:
                 progress = {"step": name, "done": number, "total": len(self._kind.steps)}
                 self._write(progress=progress)
                 self._record({"event": "step", **progress})
-                with self._app.app_context():
-                    result = dict(step(self) or {})
-                self.results = {**self.results, name: result}
+                self.results = {**self.results, name: self._result_of(step)}
                 self._write(steps=dict(self.results))
             return SUCCEEDED, None
         except (LeaseLost, WorkerStopping):
@@ -192,6 +190,21 @@ class Runner:
             log.exception("job_crashed", job=self.job_id, step=self._step)
             what = f"{type(error).__name__}: {error}"
             return FAILED, f"step {self._step}: internal error, {what}; the worker's log has it"
+
+    def _result_of(self, step: Step) -> Mapping[str, Any]:
+        """A step that lost the database is run again, as it would be if the worker had died in it."""
+        lost_at: float | None = None
+        while True:
+            try:
+                with self._app.app_context():
+                    return dict(step(self) or {})
+            except OperationalError as error:
+                log.warning("step_lost_the_database", job=self.job_id, step=self._step, reason=str(error.orig))
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > DATABASE_PATIENCE_S:
+                    raise
+                time.sleep(POLL_S)
+                self._check()
 
     def _end(self, state: str, error: str | None) -> None:
         result = {key: value for found in self.results.values() for key, value in found.items()}

@@ -1,11 +1,11 @@
-"""Jobs from outside: submit, list, cancel, retry, read events; and what keeps them going, ``mend``.
+"""Jobs from outside: submit, list, cancel, retry, read events.
 
     submit ──► QUEUED ──claim──► RUNNING ──► SUCCEEDED │ FAILED │ CANCELLED
                  ▲                  │ lease expired (worker died)        │
                  └──────────────────┴────────────── retry ───────────────┘
 
 A message in Redis only wakes a worker, which then claims the most urgent job of its queue; a lost message delays a
-job until ``mend`` sends another.
+job until ``mending`` sends another.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ CANARY_TASK = "canary"
 RUN_TASK = "run_next"
 HEAVY_QUEUES = ("cpu", "gpu")
 LEASE = timedelta(seconds=15)
-MAX_ATTEMPTS = 3
-"""A job that takes its worker down so many times is not started again."""
 MAX_KEY_LENGTH = 128
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 PRIORITIES = (-100, 100)
@@ -183,10 +181,10 @@ def events(job_id: str, after: int, limit: int) -> list[JobEvent]:
 def cancel(job_id: str) -> Job:
     """A queued job ends at once, a running one as soon as its worker hears of it; an ended one is a Conflict."""
     job = get(job_id)
-    ended = _change(
+    ended = change(
         Job.id == job_id, Job.state == QUEUED, state=CANCELLED, finished_at=now(), error="cancelled before it started"
     )
-    asked = ended or _change(
+    asked = ended or change(
         Job.id == job_id, Job.state == RUNNING, cancel_requested_at=func.coalesce(Job.cancel_requested_at, now())
     )
     if not asked:
@@ -198,8 +196,11 @@ def cancel(job_id: str) -> Job:
     return job
 
 
-def retry(celery: Celery, job_id: str) -> Job:
-    """Queue a failed or cancelled job again; it goes on after its last finished step."""
+def retry(celery: Celery, job_id: str, limit: timedelta) -> Job:
+    """Queue a failed or cancelled job again; it goes on after its last finished step.
+
+    Raises Conflict for any other, and if it ended longer than ``limit`` ago: then what it had made is gone.
+    """
     job = get(job_id)
     fresh: dict[str, Any] = {
         "error": None,
@@ -208,8 +209,14 @@ def retry(celery: Celery, job_id: str) -> Job:
         "lease_owner": None,
         "progress": {},
     }
-    if not _change(Job.id == job_id, Job.state.in_((FAILED, CANCELLED)), state=QUEUED, attempt=0, **fresh):
+    can_go_on = (Job.id == job_id, Job.state.in_((FAILED, CANCELLED)), Job.finished_at > now() - limit)
+    if not change(*can_go_on, state=QUEUED, attempt=0, **fresh):
         db.session.rollback()
+        if job.state in (FAILED, CANCELLED):
+            raise Conflict(
+                f"job {job_id} ended more than {limit.days} days ago and its files are gone; submit it again, "
+                "and set LLMOS_RETRY_DAYS higher to keep such files longer"
+            )
         raise Conflict(f"job {job_id} is {job.state}; only a FAILED or CANCELLED job can be run again")
     audit.record("job.retry", job_id)
     db.session.commit()
@@ -219,7 +226,7 @@ def retry(celery: Celery, job_id: str) -> Job:
 
 
 def wake(celery: Celery, queue: str, times: int = 1) -> None:
-    """Tell the workers of a queue that there is work. Without Redis nothing happens now; ``mend`` does it later."""
+    """Tell the workers of a queue that there is work. Without Redis nothing happens now; ``mending`` does it later."""
     try:
         for _ in range(times):
             celery.send_task(RUN_TASK, args=[queue], queue=queue)
@@ -227,45 +234,8 @@ def wake(celery: Celery, queue: str, times: int = 1) -> None:
         log.warning("wake_failed", queue=queue, reason=str(error))
 
 
-def mend(celery: Celery) -> None:
-    """Give jobs of dead workers to others, and wake workers for jobs whose message was lost; called again and again."""
-    for job in db.session.scalars(select(Job).where(Job.state == RUNNING)).all():
-        if not _is_lost(job):
-            continue
-        if job.cancel_requested_at is not None:
-            values: dict[str, Any] = {"state": CANCELLED, "finished_at": now(), "error": "cancelled; its worker died"}
-        elif job.attempt >= MAX_ATTEMPTS:
-            why = f"its worker died {job.attempt} times while it ran; see the worker's log and the memory limits"
-            values = {"state": FAILED, "finished_at": now(), "error": why}
-        else:
-            values = {"state": QUEUED, "lease_owner": None, "lease_expires_at": None}
-        if _change(Job.id == job.id, Job.state == RUNNING, Job.fencing_token == job.fencing_token, **values):
-            log.warning("job_lost_its_worker", job=job.id, attempt=job.attempt, state=values["state"])
-        db.session.commit()
-    waiting = db.session.execute(select(Job.queue, func.count()).where(Job.state == QUEUED).group_by(Job.queue)).all()
-    db.session.rollback()
-    for queue, num_jobs in waiting:
-        if _num_messages(celery, queue) == 0:
-            wake(celery, queue, num_jobs)
-
-
 def owner_of_this_process() -> str:
     return f"{socket.gethostname()}:{psutil.Process().pid}"
-
-
-def _is_lost(job: Job) -> bool:
-    if job.lease_expires_at is None or job.lease_expires_at < now():
-        return True
-    host, _, pid = (job.lease_owner or "").rpartition(":")
-    return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))
-
-
-def _num_messages(celery: Celery, queue: str) -> int | None:
-    try:
-        with redis.Redis.from_url(celery.conf.broker_url, socket_timeout=2, socket_connect_timeout=2) as client:
-            return int(client.llen(queue))
-    except redis.RedisError:
-        return None
 
 
 def _by_key(idempotency_key: str | None) -> Job | None:
@@ -274,7 +244,7 @@ def _by_key(idempotency_key: str | None) -> Job | None:
     return db.session.scalar(select(Job).where(Job.idempotency_key == idempotency_key))
 
 
-def _change(*conditions: ColumnElement[bool], **values: Any) -> bool:
+def change(*conditions: ColumnElement[bool], **values: Any) -> bool:
     """Compare and set, in the current transaction: whether a row met the conditions."""
     result = db.session.execute(update(Job).where(*conditions).values(**values))
     return bool(result.rowcount)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from apiflask import APIBlueprint
 from flask import Flask, Response, current_app, request
 
 from control_plane.auth.services import require_key, role_allows
+from control_plane.databases import UNREACHABLE
 from control_plane.errors import Conflict, Forbidden, NotFound, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
@@ -118,17 +119,19 @@ def cancel_job(job_id: str) -> Job:
 @Operation(JobOut, errors=(Conflict,))
 def retry_job(job_id: str) -> Job:
     """Run a failed or cancelled job again, from its last finished step on."""
-    return services.retry(current_app.extensions["celery"], job_id)
+    limit = current_app.config["SETTINGS"].retry_limit
+    return services.retry(current_app.extensions["celery"], job_id, limit)
 
 
 def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
     """Read from SQL, not from Redis: what was missed is there, and losing Redis loses nothing."""
     sent_at = started_at = time.monotonic()
     while time.monotonic() - started_at < STREAM_LIMIT_S:
-        with app.app_context():
-            # Asked first: what it said before it ended is then surely read below.
-            has_ended = services.has_ended(services.get(job_id))
-            found = [(event.id, event_out(event)) for event in services.events(job_id, after, MAX_EVENTS)]
+        try:
+            has_ended, found = _read_events(app, job_id, after)
+        except UNREACHABLE:
+            # Whoever listens waits with us; nothing is lost.
+            has_ended, found = False, []
         for after, document in found:
             yield f"id: {after}\ndata: {json.dumps(document, ensure_ascii=False)}\n\n"
         if has_ended and not found:
@@ -141,6 +144,14 @@ def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
             yield ": still there\n\n"
         if not has_ended:
             time.sleep(POLL_S)
+
+
+def _read_events(app: Flask, job_id: str, after: int) -> tuple[bool, list[tuple[int, dict[str, Any]]]]:
+    """Whether the job has ended, and its next events with their ids."""
+    with app.app_context():
+        # Asked first: what it said before it ended is then surely read below.
+        has_ended = services.has_ended(services.get(job_id))
+        return has_ended, [(event.id, event_out(event)) for event in services.events(job_id, after, MAX_EVENTS)]
 
 
 def _kind_out(name: str, kind: JobKind) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from control_plane import secrets
 from control_plane.settings import Settings
-
-if TYPE_CHECKING:
-    from flask.ctx import AppContext
 
 FIRST_KEY_NAME = "first admin"
 LOCAL_KEY_NAME = "llmos command"
@@ -19,7 +17,8 @@ def upgrade(settings: Settings) -> None:
     from control_plane import upgrade_database
 
     _log_warnings_only()
-    upgrade_database(settings)
+    with _reachable():
+        upgrade_database(settings)
 
 
 def register_installed(settings: Settings) -> list[str]:
@@ -77,7 +76,29 @@ def _log_warnings_only() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
-def _application(settings: Settings) -> AppContext:
+@contextmanager
+def _application(settings: Settings) -> Iterator[None]:
     from control_plane import create_app
+    from control_plane.extensions import db
 
-    return create_app(settings).app_context()
+    with create_app(settings).app_context(), _reachable():
+        try:
+            yield
+        finally:
+            # The launcher lives on; a database server counts its connections.
+            db.engine.dispose()
+
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    """Raises DatabaseUnavailable for a person at a terminal."""
+    from control_plane.databases import UNREACHABLE
+    from control_plane.errors import DatabaseUnavailable
+
+    try:
+        yield
+    except UNREACHABLE as error:
+        reason = str(getattr(error, "orig", error)).strip()
+        raise DatabaseUnavailable(
+            f"the database does not answer: {reason}; start it or mend LLMOS_DATABASE_URL"
+        ) from error

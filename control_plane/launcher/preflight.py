@@ -49,6 +49,7 @@ def find_problems(settings: Settings) -> list[Problem]:
     return [
         *_python(settings),
         *_programs(settings),
+        *_database(settings),
         *_ports(settings),
         *_shared_memory(),
         *_disk(settings),
@@ -85,6 +86,30 @@ def _programs(settings: Settings) -> Iterator[Problem]:
             yield Problem(str(error), "")
     if settings.triton_bin is not None and not settings.triton_bin.exists():
         yield Problem(f"{settings.triton_bin} does not exist.", "Mend LLMOS_TRITON_BIN or unset it.")
+
+
+def _database(settings: Settings) -> Iterator[Problem]:
+    if not settings.database_url.startswith("postgresql"):
+        return
+    # Imported here: needed only with a database server.
+    from sqlalchemy import create_engine, make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from control_plane import databases
+
+    url = make_url(settings.database_url)
+    engine = create_engine(url, **databases.engine_options(url))
+    try:
+        with engine.connect() as connection:
+            encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+        if encoding != "UTF8":
+            how = f"Make it anew: createdb --template=template0 --encoding=UTF8 {url.database}."
+            yield Problem(f"The database {url} has the encoding {encoding}; llmos needs UTF8.", how)
+    except SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", error)).split())
+        yield Problem(f"The database {url} does not answer: {reason}.", "Start it or mend LLMOS_DATABASE_URL.")
+    finally:
+        engine.dispose()
 
 
 def ports(settings: Settings) -> dict[str, tuple[str, int]]:

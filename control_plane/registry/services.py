@@ -92,7 +92,7 @@ def find_models(after: str | None, prefix: str | None, limit: int) -> list[Model
     if after is not None:
         query = query.where(Model.name > after)
     if prefix:
-        query = query.where(Model.name.startswith(prefix, autoescape=True))
+        query = query.where(func.substr(Model.name, 1, len(prefix)) == prefix)
     return [ModelSummary(*row) for row in db.session.execute(query)]
 
 

@@ -1,64 +1,74 @@
-"""Real processes for the tests of this folder: a Redis, a worker, a gunicorn; each on a port of its own."""
+"""Real processes for the tests of this folder: Redis, PostgreSQL, a worker, a gunicorn; each on a port of its own."""
 
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
+import shutil
+import signal
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import redis
 
-from control_plane.launcher import redis_server
-from control_plane.settings import PROJECT_ROOT, Settings
+from control_plane import create_app, upgrade_database
+from control_plane.settings import Settings
+from control_plane.triton_fake import FakeTriton
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def wait_for(is_true: Callable[[], object], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:g} s"
-        time.sleep(0.05)
+from .job_kinds import TEST_KINDS
+from .postgresql_server import PostgresqlServer
+from .processes import Process, Redis, free_port
+from .running_jobs import Jobs
 
 
-class Process:
-    """A child process with its output in a file; ended, and killed if need be, by ``stop``."""
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresqlServer]:
+    # Not pytest's own folder, which nobody else may enter.
+    folder = Path(tempfile.mkdtemp(prefix="llmos-postgresql-"))
+    server = PostgresqlServer(folder, free_port())
+    yield server
+    server.stop(signal.SIGQUIT)
+    shutil.rmtree(folder)
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as stream:
-            self._child = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=stream, cwd=PROJECT_ROOT, start_new_session=True
-            )
 
-    def signal(self, number: int) -> None:
-        self._child.send_signal(number)
-
-    def stop(self) -> None:
-        self._child.terminate()
-        try:
-            self._child.wait(10)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+@pytest.fixture(scope="session")
+def migrated_database(postgresql: PostgresqlServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = postgresql.create_database()
+    home = str(tmp_path_factory.mktemp("migrated"))
+    upgrade_database(Settings.from_environment({"LLMOS_HOME": home, "LLMOS_DATABASE_URL": url}))
+    return url
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def empty_postgresql(postgresql: PostgresqlServer) -> Iterator[str]:
+    """URL of a PostgreSQL database without tables."""
+    url = postgresql.create_database()
+    yield url
+    postgresql.drop_database(url)
+
+
+@pytest.fixture
+def migrated_postgresql(postgresql: PostgresqlServer, migrated_database: str) -> Iterator[str]:
+    """URL of a PostgreSQL database with the newest schema and no rows."""
+    yield migrated_database
+    postgresql.clear_database(migrated_database)
+
+
+@pytest.fixture
+def database_url() -> str:
+    """Empty for the SQLite file in LLMOS_HOME; tests for several databases override it."""
+    return ""
+
+
+@pytest.fixture
+def environment(tmp_path: Path, database_url: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLMOS_")}
     return {
         **kept,
         "LLMOS_HOME": str(tmp_path / "home"),
         "LLMOS_MODEL_REPOSITORY": str(tmp_path / "models"),
+        "LLMOS_DATABASE_URL": database_url,
         "LLMOS_REDIS_PORT": str(free_port()),
         "LLMOS_WEB_PORT": str(free_port()),
     }
@@ -67,30 +77,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def settings(environment: dict[str, str]) -> Settings:
     return Settings.from_environment(environment)
-
-
-class Redis:
-    """A Redis server that can be stopped and started again on the same port."""
-
-    def __init__(self, settings: Settings, environment: dict[str, str], folder: Path) -> None:
-        self._settings, self._environment, self._folder = settings, environment, folder
-        self.start()
-
-    def start(self) -> None:
-        binary = str(redis_server.find_binary())
-        command = [binary, "--port", str(self._settings.redis_port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = Process([*command, "--dir", str(self._folder)], self._environment, self._folder / "redis.log")
-        wait_for(self._answers, 10, "start of Redis")
-
-    def stop(self) -> None:
-        self._process.stop()
-
-    def _answers(self) -> bool:
-        try:
-            with redis.Redis.from_url(self._settings.redis_url) as client:
-                return bool(client.ping())
-        except redis.RedisError:
-            return False
 
 
 @pytest.fixture
@@ -108,3 +94,31 @@ def worker(redis_process: Redis, environment: dict[str, str], tmp_path: Path) ->
     )
     yield process
     process.stop()
+
+
+@pytest.fixture
+def app(settings, redis_process):
+    upgrade_database(settings)
+    app = create_app(settings, FakeTriton({}))
+    app.extensions["job_kinds"] = {**app.extensions["job_kinds"], **TEST_KINDS}
+    return app
+
+
+@pytest.fixture
+def start_worker(environment, tmp_path) -> Iterator[Callable[[], Process]]:
+    started: list[Process] = []
+
+    def start() -> Process:
+        command = [sys.executable, "-m", "celery", "--app=tests.integration.control_plane.job_worker", "worker"]
+        options = ["--pool=threads", "--concurrency=1", "--queues=default", f"--hostname=w{len(started)}@%h"]
+        started.append(Process([*command, *options], environment, tmp_path / f"worker-{len(started)}.log"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture
+def jobs(app):
+    return Jobs(app)

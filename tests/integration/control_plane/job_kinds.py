@@ -2,13 +2,18 @@
 
 ``note`` only notes that it ran. ``chain`` has two steps: ``first`` notes, ``second`` runs a child for some seconds,
 which fails as long as the file ``needed`` is missing.
+``ask`` reads the database before and after a file ``answered`` appears.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import text
+
+from control_plane.extensions import db
 from control_plane.jobs.kinds import JobKind, JobParams, JobRun
 
 CHILD = "tests.integration.control_plane.job_child"
@@ -34,7 +39,18 @@ def second(run: JobRun) -> Mapping[str, Any]:
     return {"after": run.results["first"]["noted"]}
 
 
+def ask(run: JobRun) -> Mapping[str, Any]:
+    db.session.execute(text("SELECT 1"))
+    with (run.settings.home / "asked").open("a") as stream:
+        stream.write(f"{run.job_id}\n")
+    while not (run.settings.home / "answered").exists():
+        time.sleep(0.05)
+    db.session.execute(text("SELECT 1"))
+    return {}
+
+
 TEST_KINDS = {
+    "ask": JobKind("ask the database twice", NoteParams, {"ask": ask}),
     "note": JobKind("note that it ran", NoteParams, {"note": note}),
     "chain": JobKind("two steps", ChainParams, {"first": note, "second": second}),
 }

@@ -8,6 +8,8 @@ import pytest
 
 from tests.unit.control_plane.test_cli import llmos
 
+from .processes import free_port
+
 pytestmark = pytest.mark.integration
 
 
@@ -35,3 +37,12 @@ def test_a_folder_that_is_no_version_is_not_verified(tmp_path: Path) -> None:
     result = llmos(tmp_path, "verify", str(tmp_path))
     assert result.returncode == 1
     assert "has no manifest.json" in result.stderr
+
+
+def test_a_database_that_does_not_answer_is_said_without_its_password(tmp_path: Path) -> None:
+    url = f"postgresql+psycopg://me:secret@127.0.0.1:{free_port()}/llmos"
+    refused = llmos(tmp_path, "keys", "create", "laptop", LLMOS_DATABASE_URL=url)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("llmos: the database does not answer: connection")
+    assert "mend LLMOS_DATABASE_URL" in refused.stderr
+    assert "secret" not in refused.stderr and "Traceback" not in refused.stderr

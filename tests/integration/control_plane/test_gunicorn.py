@@ -13,7 +13,7 @@ from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.triton_fake import FakeTriton
 
-from .conftest import Process, wait_for
+from .processes import Process, wait_for
 
 pytestmark = pytest.mark.integration
 

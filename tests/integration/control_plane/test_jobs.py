@@ -1,103 +1,36 @@
-"""Jobs on a real Redis, a real database and real workers: killed, cut off, cancelled, given back."""
+"""Jobs on a real Redis, both databases and real workers: killed, cut off, cancelled, given back."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from datetime import timedelta
 
-import psutil
 import pytest
 import redis
 import sqlalchemy
 
-from control_plane import create_app, upgrade_database
 from control_plane.auth.services import create_key
 from control_plane.errors import BadRequest, Conflict
-from control_plane.extensions import db
-from control_plane.jobs import runner, services
+from control_plane.extensions import db, now
+from control_plane.jobs import mending, runner, services
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
-from control_plane.triton_fake import FakeTriton
 
-from .conftest import Process, wait_for
-from .job_kinds import TEST_KINDS
+from .processes import lock, wait_for
+from .running_jobs import child_pid, is_gone, lines
 
 pytestmark = pytest.mark.integration
+on_both_databases = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 
 
 @pytest.fixture
-def app(settings, redis_process):
-    upgrade_database(settings)
-    app = create_app(settings, FakeTriton({}))
-    app.extensions["job_kinds"] = {**app.extensions["job_kinds"], **TEST_KINDS}
-    return app
-
-
-@pytest.fixture
-def start_worker(environment, tmp_path) -> Iterator[Callable[[], Process]]:
-    started: list[Process] = []
-
-    def start() -> Process:
-        command = [sys.executable, "-m", "celery", "--app=tests.integration.control_plane.job_worker", "worker"]
-        options = ["--pool=threads", "--concurrency=1", "--queues=default", f"--hostname=w{len(started)}@%h"]
-        started.append(Process([*command, *options], environment, tmp_path / f"worker-{len(started)}.log"))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.stop()
-
-
-@pytest.fixture
-def jobs(app):
-    return Jobs(app)
-
-
-class Jobs:
-    """What a test asks of the services, each in a context of its own."""
-
-    def __init__(self, app) -> None:
-        self.app = app
-
-    def submit(self, kind: str, params=None, **options) -> str:
-        with self.app.app_context():
-            extensions = self.app.extensions
-            return services.submit(extensions["celery"], extensions["job_kinds"], kind, params or {}, **options).id
-
-    def get(self, job_id: str) -> Job:
-        with self.app.app_context():
-            job = services.get(job_id)
-            db.session.expunge(job)
-            return job
-
-    def wait(self, job_id: str, state: str, timeout_s: float = 40) -> Job:
-        wait_for(lambda: self.get(job_id).state == state, timeout_s, f"job in state {state}")
-        return self.get(job_id)
-
-    def events(self, job_id: str) -> list[dict]:
-        with self.app.app_context():
-            return [event.event for event in services.events(job_id, 0, 1000)]
-
-    def call(self, function, *arguments):
-        with self.app.app_context():
-            return function(*arguments)
-
-
-def lines(path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def child_pid(settings) -> int:
-    wait_for(lambda: lines(settings.home / "children"), 40, "start of the child")
-    return int(lines(settings.home / "children")[-1])
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+def database_url(request):
+    is_postgresql = getattr(request, "param", "sqlite") == "postgresql"
+    return request.getfixturevalue("migrated_postgresql") if is_postgresql else ""
 
 
 def test_a_job_runs_its_steps_and_its_events_tell_the_story(jobs, start_worker, settings):
@@ -113,13 +46,14 @@ def test_a_job_runs_its_steps_and_its_events_tell_the_story(jobs, start_worker, 
     assert not (settings.jobs_dir / job_id).exists()
 
 
+@on_both_databases
 def test_a_worker_killed_in_the_second_step_is_replaced_and_the_first_step_is_not_repeated(
     jobs, start_worker, settings
 ):
     worker = start_worker()
     job_id = jobs.submit("chain", {"seconds": 4})
     pid = child_pid(settings)
-    worker.signal(signal.SIGKILL)
+    worker.kill()
     wait_for(lambda: is_gone(pid), 5, "end of the child with its worker")
     start_worker()
     job = jobs.wait(job_id, SUCCEEDED, 60)
@@ -140,6 +74,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_job_back(jobs, start_worker, se
     assert jobs.wait(job_id, SUCCEEDED, 60).attempt == 1
 
 
+@on_both_databases
 def test_cancel_ends_a_running_job_and_its_child_within_seconds(jobs, start_worker, settings):
     start_worker()
     job_id = jobs.submit("chain", {"seconds": 60})
@@ -160,17 +95,18 @@ def test_cancel_of_a_queued_job_means_it_never_runs(jobs, start_worker, settings
     assert first not in lines(settings.home / "notes")
 
 
+@on_both_databases
 def test_a_failed_job_says_why_and_a_retry_goes_on_after_its_last_finished_step(jobs, start_worker, settings, tmp_path):
     start_worker()
     needed = tmp_path / "needed"
     job_id = jobs.submit("chain", {"needed": str(needed)})
     assert jobs.wait(job_id, FAILED).error == f"{needed} is missing"
     needed.touch()
-    jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+    jobs.call(services.retry, jobs.app.extensions["celery"], job_id, settings.retry_limit)
     jobs.wait(job_id, SUCCEEDED)
     assert lines(settings.home / "notes") == [job_id]
     with pytest.raises(Conflict, match="only a FAILED or CANCELLED job"):
-        jobs.call(services.retry, jobs.app.extensions["celery"], job_id)
+        jobs.call(services.retry, jobs.app.extensions["celery"], job_id, settings.retry_limit)
 
 
 def test_200_jobs_drain_through_two_workers_while_redis_is_restarted_twice(jobs, start_worker, settings, redis_process):
@@ -203,6 +139,7 @@ def test_more_urgent_jobs_come_first(jobs, start_worker, settings):
     assert lines(settings.home / "notes") == [ids[1], ids[3], ids[0], ids[2]]
 
 
+@on_both_databases
 def test_a_job_goes_on_while_redis_is_away_and_the_database_is_locked(jobs, start_worker, settings, redis_process):
     start_worker()
     job_id = jobs.submit("chain", {"seconds": 4})
@@ -210,13 +147,14 @@ def test_a_job_goes_on_while_redis_is_away_and_the_database_is_locked(jobs, star
     redis_process.stop()
     writer = sqlalchemy.create_engine(settings.database_url)
     with writer.connect() as connection:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        time.sleep(6)  # longer than SQLite itself waits
+        lock(connection, "jobs")
+        time.sleep(6)  # longer than a database itself waits
         connection.rollback()
     redis_process.start()
     assert jobs.wait(job_id, SUCCEEDED).attempt == 1
 
 
+@on_both_databases
 def test_a_job_is_claimed_once_and_a_runner_without_its_lease_writes_nothing(jobs):
     job_id = jobs.submit("note")
     first = jobs.call(runner.claim, "default", "elsewhere:1")
@@ -226,7 +164,7 @@ def test_a_job_is_claimed_once_and_a_runner_without_its_lease_writes_nothing(job
     with jobs.app.app_context():
         db.session.execute(sqlalchemy.update(Job).values(lease_expires_at=Job.created_at))
         db.session.commit()
-        services.mend(jobs.app.extensions["celery"])
+        mending.mend(jobs.app.extensions["celery"])
     second = jobs.call(runner.claim, "default", "elsewhere:2")
     assert (second.id, second.attempt) == (job_id, 2)
     lost.run()
@@ -234,6 +172,7 @@ def test_a_job_is_claimed_once_and_a_runner_without_its_lease_writes_nothing(job
     assert jobs.events(job_id) == []
 
 
+@on_both_databases
 def test_many_claimers_never_get_the_same_job(jobs):
     ids = {jobs.submit("note") for _ in range(20)}
     taken: list[str] = []
@@ -250,17 +189,19 @@ def test_many_claimers_never_get_the_same_job(jobs):
     assert sorted(taken) == sorted(ids)
 
 
+@on_both_databases
 def test_a_job_whose_worker_dies_again_and_again_fails(jobs):
     job_id = jobs.submit("note")
-    for _ in range(services.MAX_ATTEMPTS):
+    for _ in range(mending.MAX_ATTEMPTS):
         assert jobs.call(runner.claim, "default", "elsewhere:1").id == job_id
         with jobs.app.app_context():
             db.session.execute(sqlalchemy.update(Job).values(lease_expires_at=Job.created_at))
             db.session.commit()
-            services.mend(jobs.app.extensions["celery"])
+            mending.mend(jobs.app.extensions["celery"])
     assert "its worker died 3 times" in jobs.get(job_id).error
 
 
+@on_both_databases
 @pytest.mark.parametrize("change", [{"kind": "forgotten"}, {"params": {"gone": 1}}])
 def test_a_job_of_another_release_fails_and_says_so(jobs, change):
     job_id = jobs.submit("note")
@@ -273,6 +214,7 @@ def test_a_job_of_another_release_fails_and_says_so(jobs, change):
     assert "this release cannot run it" in job.error
 
 
+@on_both_databases
 def test_an_idempotency_key_gives_the_same_job_again_and_refuses_another(jobs):
     first = jobs.submit("chain", {"seconds": 1}, idempotency_key="k")
     assert jobs.submit("chain", {"seconds": 1}, idempotency_key="k") == first
@@ -315,3 +257,35 @@ def test_events_are_followed_live_and_resumed_by_their_id(jobs, start_worker):
 def parse_events(text: str) -> list[tuple[int, dict]]:
     blocks = [block.split("\n") for block in text.strip().split("\n\n") if block.startswith("id:")]
     return [(int(block[0].removeprefix("id: ")), json.loads(block[1].removeprefix("data: "))) for block in blocks]
+
+
+def test_folders_are_removed_when_their_job_cannot_be_run_again(jobs, settings):
+    days = {"fresh": (FAILED, 1), "old": (FAILED, 8), "cancelled": (CANCELLED, 8), "done": (SUCCEEDED, 0)}
+    ids = {name: jobs.submit("note") for name in ("queued", *days)}
+    ids["forgotten"] = "0" * 32
+    for job_id in (*ids.values(), "not-a-job"):
+        (settings.jobs_dir / job_id / "version").mkdir(parents=True)
+    eight_days_ago = time.time() - 8 * 24 * 3600
+    for name in ("forgotten", "queued"):
+        os.utime(settings.jobs_dir / ids[name], (eight_days_ago, eight_days_ago))
+    with jobs.app.app_context():
+        for name, (state, age) in days.items():
+            ended_at = now() - timedelta(days=age)
+            services.change(Job.id == ids[name], state=state, finished_at=ended_at)
+        db.session.commit()
+        mending.remove_old_folders(settings)
+    kept = {path.name for path in settings.jobs_dir.iterdir()}
+    assert kept == {ids["queued"], ids["fresh"], "not-a-job"}
+    celery = jobs.app.extensions["celery"]
+    for name in ("old", "cancelled"):
+        with pytest.raises(Conflict, match="ended more than 7 days ago and its files are gone; submit it again"):
+            jobs.call(services.retry, celery, ids[name], settings.retry_limit)
+    assert jobs.call(services.retry, celery, ids["fresh"], settings.retry_limit).state == QUEUED
+
+
+def test_a_worker_removes_old_folders_when_it_starts(jobs, start_worker, settings):
+    job_id = jobs.submit("note")
+    jobs.call(runner.run_next, jobs.app, "default")
+    (settings.jobs_dir / job_id).mkdir()
+    start_worker()
+    wait_for(lambda: not (settings.jobs_dir / job_id).exists(), 30, "removal of the folder")

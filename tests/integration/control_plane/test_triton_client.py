@@ -20,7 +20,7 @@ from control_plane import triton as triton_module
 from control_plane.errors import BadRequest, ClientGone, NotFound, RequestTimeout, ServingError, TritonUnavailable
 from control_plane.triton import GenerateCall, TritonClient
 
-from .conftest import free_port, wait_for
+from .processes import free_port, wait_for
 
 pytestmark = pytest.mark.integration
 

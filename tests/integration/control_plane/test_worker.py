@@ -9,7 +9,7 @@ import pytest
 from control_plane.extensions import create_celery
 from control_plane.jobs.services import WorkerPing, WorkerUnavailable, ping_worker
 
-from .conftest import wait_for
+from .processes import wait_for
 
 pytestmark = pytest.mark.integration
 

@@ -84,6 +84,31 @@ def test_a_damaged_artifact_is_refused_and_leaves_nothing(tmp_path, folder, dama
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "version"]
 
 
+@pytest.mark.parametrize("damage", ["content", "missing", "extra", "manifest"])
+def test_a_damaged_artifact_is_replaced_when_it_is_stored_again(store, folder, tmp_path, damage):
+    wanted = store.put(folder)
+    stored = store._path(wanted)
+    if damage == "content":
+        store._files.pipe_file(f"{stored}/deep/weights", b"\1" * 1000)
+    elif damage == "missing":
+        store._files.rm_file(f"{stored}/model.json")
+    elif damage == "extra":
+        store._files.pipe_file(f"{stored}/deep/more", b"")
+    else:
+        store._files.pipe_file(f"{stored}/{MANIFEST_JSON}", b"{")
+    assert store.put(folder) == wanted
+    store.get(wanted, tmp_path / "copy")
+    assert store.digests() == [wanted]
+
+
+def test_an_undamaged_artifact_is_not_written_again(tmp_path, folder):
+    store = ArtifactStore(str(tmp_path / "store"))
+    stored = tmp_path / "store" / store.put(folder) / "model.json"
+    before = stored.stat()
+    store.put(folder)
+    assert stored.stat() == before
+
+
 def test_delete_forgets_and_may_be_repeated(store, folder):
     wanted = store.put(folder)
     store.delete(wanted)

@@ -111,3 +111,12 @@ def test_folder_that_cannot_be_made_is_named(environment: dict[str, str], tmp_pa
 def test_missing_server_of_ones_own_is_named(environment: dict[str, str]) -> None:
     environment["LLMOS_TRITON_BIN"] = "/nowhere/bin/tritonserver"
     assert any("/nowhere/bin/tritonserver does not exist" in problem for problem in problems(environment))
+
+
+def test_a_database_server_that_does_not_answer_is_named_without_its_password(environment, ports):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # Bound, but nobody listens: refused at once.
+        url = f"postgresql://me:secret@127.0.0.1:{silent.getsockname()[1]}/llmos"
+        (problem,) = [each for each in problems({**environment, "LLMOS_DATABASE_URL": url}) if "database" in each]
+    assert "does not answer" in problem and "mend LLMOS_DATABASE_URL" in problem
+    assert "secret" not in problem

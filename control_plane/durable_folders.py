@@ -1,0 +1,85 @@
+"""Folders on a disk that appear whole or not at all, whatever happens: a kill, a full disk, a power cut.
+
+    copy to .NAME.staged ─► fsync every file and folder of it ─► rename to NAME ─► fsync the parent
+
+It knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def copy_folder(source: Path, names: Sequence[str], target: Path) -> None:
+    """Copy the files ``names`` of ``source`` to ``target``, which must not exist. Raises OSError and leaves nothing."""
+    staged = target.with_name(f".{target.name}.staged")
+    try:
+        require_space(target.parent, sum((source / name).stat().st_size for name in names))
+        for name in names:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, staged / name)
+        publish_folder(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def publish_folder(staged: Path, target: Path) -> None:
+    """Give a finished folder its name; both lie on one disk."""
+    for folder, _, files in os.walk(staged):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    os.rename(staged, target)
+    sync(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """It is gone at once; its bytes follow. One that is not there is no error."""
+    if folder.exists():
+        removed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.rename(folder, removed)
+        sync(folder.parent)
+        shutil.rmtree(removed)
+
+
+@contextmanager
+def only_writer(root: Path) -> Iterator[None]:
+    """Wait until no other process writes below ``root``, and remove what one that was killed left half-made."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        sync(folder.parent)
+    with (root / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in [*root.glob(".*.staged"), *root.glob(".*.removed")]:
+            shutil.rmtree(left)
+        yield
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raises OSError before a single byte is written in vain."""
+    if free_bytes(folder) < needed_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def free_bytes(folder: Path) -> int:
+    """What the disk of ``folder``, which need not exist yet, has free."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
