@@ -132,6 +132,24 @@ class ControlPlane:
                     raise self._unreachable(error) from None
                 time.sleep(RECONNECT_S)
 
+    def keys(self) -> list[Document]:
+        """Every API key, newest first, revoked ones too; never a secret."""
+        return self._pages("/api/v1/keys", "before", "prefix", {})
+
+    def key(self, prefix: str = "self") -> Document:
+        return self._ask("GET", f"/api/v1/keys/{quote(prefix, safe='')}")
+
+    def create_key(self, name: str, role: str = "developer", **limits: Any) -> Document:
+        """``limits``: scopes, models, requests_per_minute, tokens_per_minute, expires_at (ISO 8601 with a zone).
+
+        ``key`` of the answer is the key itself, which cannot be had again.
+        """
+        given = {limit: value for limit, value in limits.items() if value is not None}
+        return self._ask("POST", "/api/v1/keys", json={"name": name, "role": role, **given})
+
+    def revoke_key(self, prefix: str) -> Document:
+        return self._ask("DELETE", f"/api/v1/keys/{quote(prefix, safe='')}")
+
     def _pages(self, path: str, cursor: str, key: str, params: Mapping[str, Any]) -> list[Document]:
         """All pages of a list whose next page begins behind ``key`` of the last row."""
         rows: list[Document] = []
@@ -149,9 +167,15 @@ class ControlPlane:
             if response.is_error:
                 response.read()
                 raise _error(response)
+            is_error = False
             for line in response.iter_lines():
-                if line.startswith("data: "):
-                    yield json.loads(line.removeprefix("data: "))
+                if line == "event: error":
+                    is_error = True
+                elif line.startswith("data: "):
+                    document = json.loads(line.removeprefix("data: "))
+                    if is_error:
+                        raise ApiError(document["detail"], document["status"], document["code"])
+                    yield document
 
     def _ask(self, method: str, path: str, **options: Any) -> Document:
         try:

@@ -1,4 +1,4 @@
-"""Who may do what: API keys and roles."""
+"""Who may do what: API keys, roles, scopes, and the record of changes."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ if TYPE_CHECKING:
 
 
 def init_app(app: Flask) -> None:
-    """Make the tables known to the database; keys have no routes yet."""
-    from control_plane.auth import tables  # noqa: F401
+    from control_plane.auth.views import auth
+
+    app.register_blueprint(auth)

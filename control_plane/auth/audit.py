@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import g, has_request_context
 
+from control_plane.auth.principal import Principal
 from control_plane.auth.tables import AuditEvent
 from control_plane.extensions import db
 
@@ -15,7 +16,8 @@ SYSTEM = "system"
 
 def current_actor() -> str:
     """Who is behind the current request: ``key:<prefix>`` or ``user:<name>``; ``system`` outside of requests."""
-    return str(g.get("actor", SYSTEM)) if has_request_context() else SYSTEM
+    principal: Principal | None = g.get("principal") if has_request_context() else None
+    return SYSTEM if principal is None else principal.actor
 
 
 def record(action: str, object_id: str, actor: str | None = None, **details: Any) -> None:

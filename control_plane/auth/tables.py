@@ -15,7 +15,10 @@ from control_plane.extensions import Base, now
 
 
 class ApiKey(Base):
-    """``llmos_<prefix>_<secret>``: the prefix is public and finds the row, the secret is compared by its hash."""
+    """``llmos_<prefix>_<secret>``: the prefix is public and finds the row, the secret is compared by its hash.
+
+    ``scopes`` None is everything that the role has, ``models`` None is every model.
+    """
 
     __tablename__ = "api_keys"
 
@@ -24,13 +27,20 @@ class ApiKey(Base):
     secret_sha256: Mapped[str] = mapped_column(String(64))
     name: Mapped[str] = mapped_column(String(100))
     role: Mapped[str] = mapped_column(String(16))
+    scopes: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    models: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    requests_per_minute: Mapped[int | None] = mapped_column()
+    tokens_per_minute: Mapped[int | None] = mapped_column()
     expires_at: Mapped[datetime | None] = mapped_column(DateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(DateTime)
     last_used_at: Mapped[datetime | None] = mapped_column(DateTime)
     created_at: Mapped[datetime] = mapped_column(DateTime, default=now)
 
-    def is_valid(self, at: datetime) -> bool:
-        return self.revoked_at is None and (self.expires_at is None or at < self.expires_at)
+    def state(self, at: datetime) -> str:
+        """``active``, ``revoked`` or ``expired``."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "active" if self.expires_at is None or at < self.expires_at else "expired"
 
 
 class AuditEvent(Base):

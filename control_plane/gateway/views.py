@@ -13,7 +13,9 @@ import structlog
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
+from control_plane.auth.principal import current_principal
 from control_plane.auth.services import require_key
+from control_plane.auth.watch import Watch
 from control_plane.errors import ClientGone, ControlPlaneError, Overloaded
 from control_plane.gateway.schemas import parse_completion
 from control_plane.gateway.services import Completion, served_model, served_models
@@ -26,22 +28,25 @@ log = structlog.get_logger(__name__)
 
 
 @gateway.get("/models")
-@require_key("viewer")
+@require_key("viewer", "read", "generate")
 def list_models() -> dict[str, Any]:
-    return {"object": "list", "data": served_models(_triton(), _settings())}
+    models = served_models(_triton(), _settings())
+    return {"object": "list", "data": [model for model in models if current_principal().may_use(model["id"])]}
 
 
 @gateway.get("/models/<name>")
-@require_key("viewer")
+@require_key("viewer", "read", "generate")
 def get_model(name: str) -> dict[str, Any]:
+    current_principal().require_model(name)
     return served_model(_triton(), _settings(), name)
 
 
 @gateway.post("/completions")
-@require_key("developer")
+@require_key("developer", "generate")
 def create_completion() -> Response:
     body, params = parse_completion(read_body())
-    completion = Completion(_triton(), _settings(), body, params, _hung_up(request.environ.get("gunicorn.socket")))
+    current_principal().require_model(body.model)
+    completion = Completion(_triton(), _settings(), body, params, _is_abandoned())
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
@@ -81,6 +86,17 @@ def _events(chunks: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 def _event(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _is_abandoned() -> Callable[[], bool]:
+    """Whether the client hung up; raises what ends the answer if its key is revoked or expires meanwhile."""
+    watch, hung_up = Watch(), _hung_up(request.environ.get("gunicorn.socket"))
+
+    def is_abandoned() -> bool:
+        watch.check()
+        return hung_up()
+
+    return is_abandoned
 
 
 def _hung_up(connection: socket.socket | None) -> Callable[[], bool]:

@@ -11,12 +11,14 @@ from apiflask import APIBlueprint
 from flask import Flask, Response, current_app, jsonify, request
 
 from control_plane.auth.services import require_key, role_allows
-from control_plane.errors import Forbidden, Overloaded
+from control_plane.auth.watch import Watch
+from control_plane.errors import ControlPlaneError, Forbidden, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.schemas import JobIn, event_out, job_out
 from control_plane.requests import page, parse_body, query_number, query_text
+from control_plane.responses import problem_body
 
 jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
 
@@ -81,7 +83,8 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
         slots = app.extensions["event_stream_slots"]
         if not slots.acquire(blocking=False):
             raise Overloaded("too many event streams are open; close some, or set LLMOS_WEB_THREADS higher")
-        response = Response(_event_stream(app, job_id, after), content_type="text/event-stream; charset=utf-8")
+        events = _until_error(app, _event_stream(app, Watch(), job_id, after))
+        response = Response(events, content_type="text/event-stream; charset=utf-8")
         response.call_on_close(slots.release)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
@@ -92,21 +95,32 @@ def list_events(job_id: str) -> dict[str, Any] | Response:
 
 
 @jobs.post("/jobs/<job_id>/cancel")
-@require_key("operator")
+@require_key("operator", "jobs")
 def cancel_job(job_id: str) -> dict[str, Any]:
     return job_out(services.cancel(job_id))
 
 
 @jobs.post("/jobs/<job_id>/retry")
-@require_key("operator")
+@require_key("operator", "jobs")
 def retry_job(job_id: str) -> dict[str, Any]:
     return job_out(services.retry(current_app.extensions["celery"], job_id))
 
 
-def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
+def _until_error(app: Flask, events: Iterator[str]) -> Iterator[str]:
+    """A stream that cannot go on says why in its last event, a problem document."""
+    try:
+        yield from events
+    except ControlPlaneError as error:
+        with app.app_context():
+            problem = problem_body(str(error), error.status, error.code)
+        yield f"event: error\ndata: {json.dumps(problem, ensure_ascii=False)}\n\n"
+
+
+def _event_stream(app: Flask, watch: Watch, job_id: str, after: int) -> Iterator[str]:
     """Read from SQL, not from Redis: what was missed is there, and losing Redis loses nothing."""
     sent_at = started_at = time.monotonic()
     while time.monotonic() - started_at < STREAM_LIMIT_S:
+        watch.check()
         with app.app_context():
             # Asked first: what it said before it ended is then surely read below.
             has_ended = services.has_ended(services.get(job_id))

@@ -1,0 +1,47 @@
+"""Keys as the API shows and takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from control_plane.auth.key_params import KeyParams, parse_time
+from control_plane.auth.roles import scopes_of
+from control_plane.auth.tables import ApiKey
+from control_plane.extensions import iso, now
+
+
+class KeyIn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    role: str = "developer"
+    scopes: list[str] | None = None
+    models: list[str] | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    expires_at: str | None = None
+
+    def params(self) -> KeyParams:
+        """Raises BadRequest for a time that is none."""
+        values = self.model_dump(exclude={"expires_at"})
+        return KeyParams(**values, expires_at=None if self.expires_at is None else parse_time(self.expires_at))
+
+
+def key_out(key: ApiKey) -> dict[str, Any]:
+    """``state`` is active, revoked or expired; ``models`` None is every model. The secret is never shown again."""
+    return {
+        "prefix": key.prefix,
+        "name": key.name,
+        "role": key.role,
+        "scopes": list(scopes_of(key.role)) if key.scopes is None else key.scopes,
+        "models": key.models,
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
+        "state": key.state(now()),
+        "expires_at": iso(key.expires_at),
+        "revoked_at": iso(key.revoked_at),
+        "last_used_at": iso(key.last_used_at),
+        "created_at": iso(key.created_at),
+    }
