@@ -17,11 +17,13 @@ import typer
 from control_plane.commands.jobs import jobs
 from control_plane.commands.keys import keys
 from control_plane.commands.models import models, publish
+from control_plane.commands.users import users
 from control_plane.errors import BadRequest, ControlPlaneError, NotFound
 from control_plane.settings import Settings
 
 app = typer.Typer(help="An LLM operating system for one machine.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(keys, name="keys")
+app.add_typer(users, name="users")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
 app.command()(publish)

@@ -150,6 +150,20 @@ class ControlPlane:
     def revoke_key(self, prefix: str) -> Document:
         return self._ask("DELETE", f"/api/v1/keys/{quote(prefix, safe='')}")
 
+    def users(self) -> list[Document]:
+        return self._pages("/api/v1/users", "after", "name", {})
+
+    def user(self, name: str) -> Document:
+        return self._ask("GET", f"/api/v1/users/{quote(name, safe='')}")
+
+    def create_user(self, name: str, password: str, role: str = "viewer") -> Document:
+        return self._ask("POST", "/api/v1/users", json={"name": name, "password": password, "role": role})
+
+    def edit_user(self, name: str, revision: int | None = None, **changes: Any) -> Document:
+        """``changes``: role, is_active, password. With the ``revision`` that was read, as for ``describe_model``."""
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        return self._ask("PATCH", f"/api/v1/users/{quote(name, safe='')}", json=changes, headers=headers)
+
     def _pages(self, path: str, cursor: str, key: str, params: Mapping[str, Any]) -> list[Document]:
         """All pages of a list whose next page begins behind ``key`` of the last row."""
         rows: list[Document] = []

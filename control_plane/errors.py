@@ -5,6 +5,8 @@ ControlPlaneError       500 internal_error
 ├── PreflightError      500 preflight_failed      this machine cannot run llmos as it is
 ├── BadRequest          400 invalid_request
 ├── Unauthorized        401 invalid_api_key
+│   ├── InvalidSession  401 invalid_session       the session has expired or was revoked
+│   └── LoginFailed     401 login_failed          name or password is wrong; never which
 ├── Forbidden           403 forbidden             the key's role may not do this
 ├── NotFound            404 not_found             no such model, version, …
 ├── Conflict            409 conflict              the object is not in a state that allows this
@@ -39,6 +41,14 @@ class BadRequest(ControlPlaneError):
 class Unauthorized(ControlPlaneError):
     status = 401
     code = "invalid_api_key"
+
+
+class InvalidSession(Unauthorized):
+    code = "invalid_session"
+
+
+class LoginFailed(Unauthorized):
+    code = "login_failed"
 
 
 class Forbidden(ControlPlaneError):

@@ -1,11 +1,11 @@
-"""What routes of the REST API have in common: bodies by their schema, parameters of the query, pages."""
+"""What routes of the REST API have in common: bodies by their schema, parameters of the query, pages, revisions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from flask import request
+from flask import Response, jsonify, request
 from pydantic import BaseModel, ValidationError
 
 from control_plane.errors import BadRequest
@@ -49,3 +49,21 @@ def query_text(name: str) -> str | None:
 def page(rows: Sequence[Row], limit: int, render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """One page of a list; ``rows`` were read with one more than ``limit``, which tells whether there is another."""
     return {"data": [render(row) for row in rows[:limit]], "has_more": len(rows) > limit}
+
+
+def with_etag(document: dict[str, Any]) -> Response:
+    """The document with its ``revision`` as its ETag."""
+    response = jsonify(document)
+    response.set_etag(str(document["revision"]))
+    return response
+
+
+def expected_revision() -> int | None:
+    """The revision that ``If-Match`` asks for, None if any will do; raises BadRequest."""
+    given = request.headers.get("If-Match")
+    if given is None or given.strip() == "*":
+        return None
+    revision = given.strip().strip('"')
+    if not (revision.isascii() and revision.isdecimal() and len(revision) < 10):
+        raise BadRequest(f"If-Match has value {given!r:.100}; expected the ETag, as GET gives it")
+    return int(revision)

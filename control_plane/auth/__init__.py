@@ -1,4 +1,4 @@
-"""Who may do what: API keys, roles, scopes, and the record of changes."""
+"""Who may do what: API keys, users, roles, scopes, and the record of changes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 
 def init_app(app: Flask) -> None:
+    from control_plane.auth.hashes import Passwords
     from control_plane.auth.views import auth
 
+    app.extensions["passwords"] = Passwords()
     app.register_blueprint(auth)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -16,7 +15,8 @@ from flask import g, request
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
-from control_plane.auth import audit
+from control_plane.auth import audit, sessions
+from control_plane.auth.hashes import sha256
 from control_plane.auth.key_params import KeyParams
 from control_plane.auth.principal import Principal, current_principal
 from control_plane.auth.roles import DEFAULT_SCOPE, includes, scopes_of
@@ -45,7 +45,7 @@ def make_key(params: KeyParams) -> tuple[ApiKey, str]:
     prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     key = ApiKey(
         prefix=prefix,
-        secret_sha256=_sha256(secret),
+        secret_sha256=sha256(secret),
         name=params.name,
         role=params.role,
         scopes=params.scopes,
@@ -91,7 +91,7 @@ def authenticate(plain_text: str) -> ApiKey:
     prefix, _, secret = rest.partition("_")
     key = _find(prefix) if scheme == SCHEME else None
     # Compared even without a row, so that the time taken does not tell whether the prefix exists.
-    matches = hmac.compare_digest(_sha256(secret), key.secret_sha256 if key else _sha256("no such key"))
+    matches = hmac.compare_digest(sha256(secret), key.secret_sha256 if key else sha256("no such key"))
     if key is None or not matches:
         raise Unauthorized("the API key is not valid; expected llmos_<prefix>_<secret> as made by this installation")
     _check_active(key)
@@ -100,7 +100,10 @@ def authenticate(plain_text: str) -> ApiKey:
 
 
 def identify() -> Principal:
-    """Who sent the current request; raises Unauthorized."""
+    """Who sent the current request, by its key or else by its cookie; raises Unauthorized."""
+    token = request.cookies.get(sessions.COOKIE)
+    if token and "Authorization" not in request.headers:
+        return sessions.identify(token)
     return _principal(authenticate(_bearer()))
 
 
@@ -132,10 +135,9 @@ def role_allows(role: str) -> bool:
 
 def identify_again(principal: Principal) -> Principal:
     """The principal as it is now; raises Unauthorized if it is not valid any more."""
-    assert principal.key_prefix is not None
-    key = _find(principal.key_prefix)
-    if key is None:
-        raise Unauthorized(f"the API key {principal.key_prefix!r} is gone; ask for a new one")
+    if principal.key_prefix is None:
+        return sessions.principal(sessions.get_session(principal.session_id))
+    key = _get(principal.key_prefix)
     _check_active(key)
     return _principal(key)
 
@@ -169,7 +171,7 @@ def _visible(prefix: str) -> str:
 def _bearer() -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Unauthorized("no API key was given; send it as 'Authorization: Bearer llmos_…'")
+        raise Unauthorized("no API key was given; send it as 'Authorization: Bearer llmos_…', or sign in")
     return token.strip()
 
 
@@ -200,7 +202,3 @@ def _note_use(key: ApiKey) -> None:
     except OperationalError:
         # A note is not worth a failed request when the database is locked.
         db.session.rollback()
-
-
-def _sha256(secret: str) -> str:
-    return hashlib.sha256(secret.encode("utf-8", errors="surrogatepass")).hexdigest()

@@ -1,6 +1,7 @@
-"""API keys, and the record of who changed what.
+"""API keys, users and their sessions, and the record of who changed what.
 
-A key's secret is never stored, only its sha256: it has 256 random bits, so no salt is needed.
+A key's secret and a session's token are never stored, only their sha256: they have 256 random bits, so no salt is
+needed. Passwords are hashed with argon2.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, String
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import JSON, DateTime, ForeignKey, String
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from control_plane.extensions import Base, now
 
@@ -43,6 +44,35 @@ class ApiKey(Base):
         return "active" if self.expires_at is None or at < self.expires_at else "expired"
 
 
+class User(Base):
+    """Somebody with a password. ``revision`` counts every change."""
+
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    password_hash: Mapped[str] = mapped_column(String(200))
+    role: Mapped[str] = mapped_column(String(16))
+    is_active: Mapped[bool] = mapped_column(default=True)
+    revision: Mapped[int] = mapped_column(default=1)
+    created_by: Mapped[str] = mapped_column(String(128))
+    created_at: Mapped[datetime] = mapped_column(DateTime, default=now)
+
+
+class UserSession(Base):
+    """A user who is signed in; the row is deleted when the session is revoked."""
+
+    __tablename__ = "sessions"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    token_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
+    expires_at: Mapped[datetime] = mapped_column(DateTime)
+    created_at: Mapped[datetime] = mapped_column(DateTime, default=now)
+
+    user: Mapped[User] = relationship()
+
+
 class AuditEvent(Base):
     """One change, written in the same transaction as the change itself. ``actor`` is a key's prefix or a user's name.
 
@@ -53,7 +83,7 @@ class AuditEvent(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[datetime] = mapped_column(DateTime, default=now, index=True)
-    actor: Mapped[str] = mapped_column(String(128))
+    actor: Mapped[str] = mapped_column(String(128), index=True)
     action: Mapped[str] = mapped_column(String(64), index=True)
     object_id: Mapped[str] = mapped_column(String(200), index=True)
     details: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Response, current_app, jsonify, request
+from flask import Response, current_app
 
 from control_plane.auth.services import require_key
-from control_plane.errors import BadRequest
 from control_plane.registry import services, serving_state
 from control_plane.registry.schemas import ModelEdit, model_out, summary_out, version_out
 from control_plane.registry.serving_state import ServingState
-from control_plane.requests import page, parse_body, query_number, query_text
+from control_plane.requests import expected_revision, page, parse_body, query_number, query_text, with_etag
 
 models = APIBlueprint("models", __name__, url_prefix="/api/v1")
 
@@ -32,7 +31,7 @@ def list_models() -> dict[str, Any]:
 @models.get("/models/<name>")
 @require_key("viewer")
 def show_model(name: str) -> Response:
-    return _with_etag(model_out(services.get_model(name)))
+    return with_etag(model_out(services.get_model(name)))
 
 
 @models.patch("/models/<name>")
@@ -40,7 +39,7 @@ def show_model(name: str) -> Response:
 def edit_model(name: str) -> Response:
     """With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster."""
     edit = parse_body(ModelEdit)
-    return _with_etag(model_out(services.describe_model(name, edit.description, _expected_revision())))
+    return with_etag(model_out(services.describe_model(name, edit.description, expected_revision())))
 
 
 @models.get("/models/<name>/versions")
@@ -57,22 +56,6 @@ def list_versions(name: str) -> dict[str, Any]:
 @require_key("viewer")
 def show_version(name: str, number: int) -> dict[str, Any]:
     return version_out(services.get_version(name, min(number, MAX_NUMBER + 1)), name, _serving())
-
-
-def _with_etag(document: dict[str, Any]) -> Response:
-    response = jsonify(document)
-    response.set_etag(str(document["revision"]))
-    return response
-
-
-def _expected_revision() -> int | None:
-    given = request.headers.get("If-Match")
-    if given is None or given.strip() == "*":
-        return None
-    revision = given.strip().strip('"')
-    if not (revision.isascii() and revision.isdecimal() and len(revision) < 10):
-        raise BadRequest(f"If-Match has value {given!r:.100}; expected the ETag of the model, as GET gives it")
-    return int(revision)
 
 
 def _serving() -> ServingState:
