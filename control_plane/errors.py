@@ -11,6 +11,7 @@ ControlPlaneError       500 internal_error
 ├── NotFound            404 not_found             no such model, version, …
 ├── Conflict            409 conflict              the object is not in a state that allows this
 ├── PreconditionFailed  412 precondition_failed   somebody else changed it since it was read
+├── RateLimited         429 rate_limit_exceeded   too many requests, tokens or failed logins; says when to come back
 ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
 ├── RequestTimeout      504 timeout
 ├── Overloaded          503 overloaded            the engine's queue is full; try again
@@ -23,6 +24,7 @@ ControlPlaneError       500 internal_error
 class ControlPlaneError(Exception):
     status = 500
     code = "internal_error"
+    retry_after_s: int | None = None
 
 
 class SettingsError(ControlPlaneError):
@@ -69,6 +71,15 @@ class Conflict(ControlPlaneError):
 class PreconditionFailed(ControlPlaneError):
     status = 412
     code = "precondition_failed"
+
+
+class RateLimited(ControlPlaneError):
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ClientGone(ControlPlaneError):

@@ -115,6 +115,9 @@ class Settings:
     request_timeout_s: float = _setting(
         "LLMOS_REQUEST_TIMEOUT_S", _seconds, "600", "longest time one /v1 request may take"
     )
+    requests_per_minute: int = _setting(
+        "LLMOS_REQUESTS_PER_MINUTE", _count, "6000", "requests of a key without a limit of its own, or of a user"
+    )
     request_limit_bytes: int = _setting(
         "LLMOS_REQUEST_LIMIT_BYTES", _count, "1048576", "largest request body that the web server reads"
     )

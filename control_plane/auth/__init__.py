@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
+    from control_plane.settings import Settings
 
-def init_app(app: Flask) -> None:
+
+def init_app(app: Flask, settings: Settings) -> None:
     from control_plane.auth.hashes import Passwords
+    from control_plane.auth.limits import RateLimits
+    from control_plane.auth.services import known_principal
     from control_plane.auth.views import auth
 
     app.extensions["passwords"] = Passwords()
+    app.extensions["rate_limits"] = RateLimits(app, settings, known_principal)
     app.register_blueprint(auth)

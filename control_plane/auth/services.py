@@ -21,11 +21,12 @@ from control_plane.auth.key_params import KeyParams
 from control_plane.auth.principal import Principal, current_principal
 from control_plane.auth.roles import DEFAULT_SCOPE, includes, scopes_of
 from control_plane.auth.tables import ApiKey
-from control_plane.errors import Forbidden, NotFound, Unauthorized
+from control_plane.errors import ControlPlaneError, Forbidden, NotFound, Unauthorized
 from control_plane.extensions import db, now
 
 SCHEME = "llmos"
 OWN = "self"
+IDENTITY = "llmos.identity"
 PREFIX = re.compile(r"[0-9a-f]{12}")
 LAST_USED_PRECISION = timedelta(minutes=1)
 
@@ -100,11 +101,24 @@ def authenticate(plain_text: str) -> ApiKey:
 
 
 def identify() -> Principal:
-    """Who sent the current request, by its key or else by its cookie; raises Unauthorized."""
-    token = request.cookies.get(sessions.COOKIE)
-    if token and "Authorization" not in request.headers:
-        return sessions.identify(token)
-    return _principal(authenticate(_bearer()))
+    """Who sent the current request, found out once; raises Unauthorized, or Forbidden without a CSRF token."""
+    if IDENTITY not in request.environ:
+        try:
+            request.environ[IDENTITY] = _identify()
+        except ControlPlaneError as error:
+            request.environ[IDENTITY] = error
+    found: Principal | ControlPlaneError = request.environ[IDENTITY]
+    if isinstance(found, ControlPlaneError):
+        raise found
+    return found
+
+
+def known_principal() -> Principal | None:
+    """Who sent the current request, None for a stranger."""
+    try:
+        return identify()
+    except ControlPlaneError:
+        return None
 
 
 def require_key(role: str, *scopes: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -140,6 +154,14 @@ def identify_again(principal: Principal) -> Principal:
     key = _get(principal.key_prefix)
     _check_active(key)
     return _principal(key)
+
+
+def _identify() -> Principal:
+    """By the key, or else by the cookie."""
+    token = request.cookies.get(sessions.COOKIE)
+    if token and "Authorization" not in request.headers:
+        return sessions.identify(token)
+    return _principal(authenticate(_bearer()))
 
 
 def _principal(key: ApiKey) -> Principal:

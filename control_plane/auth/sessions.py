@@ -17,6 +17,7 @@ from sqlalchemy import delete, select
 
 from control_plane.auth import audit
 from control_plane.auth.hashes import sha256
+from control_plane.auth.limits import rate_limits
 from control_plane.auth.principal import Principal
 from control_plane.auth.roles import scopes_of
 from control_plane.auth.tables import User, UserSession
@@ -84,17 +85,18 @@ def csrf_token(token: str) -> str:
 
 
 def _verified(name: str, password: str) -> User:
-    user_id, password_hash = _known(name)
-    # Give the connection back: comparing takes its time.
-    db.session.rollback()
-    is_right = passwords().verify(password_hash, password)
-    # Looked at again, because the password may have been changed, or the user deactivated, meanwhile.
-    query = select(User).where(User.id == user_id, User.password_hash == password_hash, User.is_active.is_(True))
-    user = db.session.scalar(query) if is_right else None
-    if user is None:
-        log.warning("login_failed", address=request.remote_addr)
-        raise LoginFailed("the name or the password is not right")
-    return user
+    with rate_limits().failed_logins(request.remote_addr):
+        user_id, password_hash = _known(name)
+        # Give the connection back: comparing takes its time.
+        db.session.rollback()
+        is_right = passwords().verify(password_hash, password)
+        # Looked at again, because the password may have been changed, or the user deactivated, meanwhile.
+        query = select(User).where(User.id == user_id, User.password_hash == password_hash, User.is_active.is_(True))
+        user = db.session.scalar(query) if is_right else None
+        if user is None:
+            log.warning("login_failed", address=request.remote_addr)
+            raise LoginFailed("the name or the password is not right")
+        return user
 
 
 def _known(name: str) -> tuple[int | None, str | None]:

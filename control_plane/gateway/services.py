@@ -42,6 +42,11 @@ class Completion:
             Choice(index, text=echoed[index] if echoed else "") for index in range(len(request.prompt) * params.n)
         ]
 
+    @property
+    def total_tokens(self) -> int:
+        """Of its prompts and of what was generated so far."""
+        return self._usage.total_tokens
+
     def whole(self) -> dict[str, Any]:
         """The complete answer; raises the first error of any prompt."""
         for _ in self._finished_or_new_choices(stream=False):

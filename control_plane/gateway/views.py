@@ -13,6 +13,7 @@ import structlog
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
+from control_plane.auth.limits import rate_limits
 from control_plane.auth.principal import current_principal
 from control_plane.auth.services import require_key
 from control_plane.auth.watch import Watch
@@ -45,17 +46,24 @@ def get_model(name: str) -> dict[str, Any]:
 @require_key("developer", "generate")
 def create_completion() -> Response:
     body, params = parse_completion(read_body())
-    current_principal().require_model(body.model)
+    principal, limits = current_principal(), rate_limits()
+    principal.require_model(body.model)
+    limits.check_tokens(principal)
     completion = Completion(_triton(), _settings(), body, params, _is_abandoned())
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
+
+    def end() -> None:
+        slots.release()
+        limits.spend_tokens(principal, completion.total_tokens)
+
     try:
         response = _event_stream(completion.chunks()) if body.stream else jsonify(completion.whole())
     except BaseException:
-        slots.release()
+        end()
         raise
-    response.call_on_close(slots.release)
+    response.call_on_close(end)
     return response
 
 
