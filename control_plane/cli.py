@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from control_plane.commands.audit import audit
 from control_plane.commands.jobs import jobs
 from control_plane.commands.keys import keys
 from control_plane.commands.models import models, publish
@@ -27,6 +28,7 @@ app.add_typer(users, name="users")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
 app.command()(publish)
+app.command()(audit)
 
 
 @app.command()

@@ -164,6 +164,15 @@ class ControlPlane:
         headers = {} if revision is None else {"If-Match": f'"{revision}"'}
         return self._ask("PATCH", f"/api/v1/users/{quote(name, safe='')}", json=changes, headers=headers)
 
+    def audit(
+        self, actor: str | None = None, action: str | None = None, object_id: str | None = None, limit: int = 50
+    ) -> list[Document]:
+        """The newest ``limit`` changes by one actor, of one kind, of one object."""
+        given = {"actor": actor, "action": action, "object": object_id, "limit": limit}
+        params = {name: value for name, value in given.items() if value is not None}
+        found: list[Document] = self._ask("GET", "/api/v1/audit", params=params)["data"]
+        return found
+
     def _pages(self, path: str, cursor: str, key: str, params: Mapping[str, Any]) -> list[Document]:
         """All pages of a list whose next page begins behind ``key`` of the last row."""
         rows: list[Document] = []

@@ -1,4 +1,4 @@
-"""Keys, users and sessions as the API shows and takes them."""
+"""Keys, users, sessions and changes as the API shows and takes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from control_plane.auth.key_params import KeyParams, parse_time
 from control_plane.auth.roles import scopes_of
 from control_plane.auth.sessions import csrf_token
-from control_plane.auth.tables import ApiKey, User, UserSession
+from control_plane.auth.tables import ApiKey, AuditEvent, User, UserSession
 from control_plane.auth.users import UserEdit
 from control_plane.errors import BadRequest
 from control_plane.extensions import iso, now
@@ -104,4 +104,17 @@ def session_out(session: UserSession, token: str) -> dict[str, Any]:
         "csrf_token": csrf_token(token),
         "expires_at": iso(session.expires_at),
         "created_at": iso(session.created_at),
+    }
+
+
+def audit_out(event: AuditEvent) -> dict[str, Any]:
+    """``actor`` is key:<prefix>, user:<name> or system; ``action`` is <what>.<verb>."""
+    return {
+        "id": event.id,
+        "at": iso(event.at),
+        "actor": event.actor,
+        "action": event.action,
+        "object": event.object_id,
+        "details": event.details,
+        "request_id": event.request_id,
     }

@@ -1,4 +1,4 @@
-"""Routes of keys, users and sessions under /api/v1: parse, one service call, render."""
+"""Routes of keys, users, sessions and the audit log under /api/v1: parse, one service call, render."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
-from control_plane.auth import services, sessions, users
+from control_plane.auth import audit, services, sessions, users
 from control_plane.auth.principal import current_principal
 from control_plane.auth.roles import SCOPES
 from control_plane.auth.schemas import (
@@ -16,6 +16,7 @@ from control_plane.auth.schemas import (
     PasswordChange,
     UserChange,
     UserIn,
+    audit_out,
     key_out,
     session_out,
     user_out,
@@ -129,6 +130,14 @@ def change_password() -> Response:
 def log_out() -> Response:
     sessions.log_out(_session())
     return _signed_out()
+
+
+@auth.get("/audit")
+@require_key("admin")
+def list_audit_events() -> dict[str, Any]:
+    limit, before = query_number("limit", 50, most=MAX_PAGE), query_number("before", 0) or None
+    found = audit.find(query_text("actor"), query_text("action"), query_text("object"), before, limit + 1)
+    return page(found, limit, audit_out)
 
 
 def _session() -> UserSession:
