@@ -49,6 +49,12 @@ def _count(value: str) -> int:
     return int(value)
 
 
+def _number(value: str) -> int:
+    if not value.isdigit():
+        raise ValueError("a whole number ≥ 0")
+    return int(value)
+
+
 def _seconds(value: str) -> float:
     try:
         seconds = float(value)
@@ -114,6 +120,9 @@ class Settings:
     )
     request_timeout_s: float = _setting(
         "LLMOS_REQUEST_TIMEOUT_S", _seconds, "600", "longest time one /v1 request may take"
+    )
+    num_proxies: int = _setting(
+        "LLMOS_NUM_PROXIES", _number, "0", "proxies in front of the web server, whose X-Forwarded-For is believed"
     )
     requests_per_minute: int = _setting(
         "LLMOS_REQUESTS_PER_MINUTE", _count, "6000", "requests of a key without a limit of its own, or of a user"

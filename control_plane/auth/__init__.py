@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 def init_app(app: Flask, settings: Settings) -> None:
+    from werkzeug.middleware.proxy_fix import ProxyFix
+
     from control_plane.auth.hashes import Passwords
     from control_plane.auth.limits import RateLimits
     from control_plane.auth.services import known_principal
     from control_plane.auth.views import auth
 
+    if settings.num_proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.num_proxies, x_proto=settings.num_proxies)  # type: ignore[method-assign]
     app.extensions["passwords"] = Passwords()
     app.extensions["rate_limits"] = RateLimits(app, settings, known_principal)
     app.register_blueprint(auth)

@@ -18,7 +18,7 @@ MAX_PASSWORD_LENGTH = 256
 TIME_COST, MEMORY_KIB, PARALLELISM = 3, 64 * 1024, 4
 # Each hash takes MEMORY_KIB, so many at once could be used to exhaust the machine.
 MAX_HASHES_AT_ONCE = 2
-WAIT_S = 10.0
+WAIT_S = 3.0
 NOBODY = "$argon2id$v=19$m=65536,t=3,p=4$+/X5QIvUNY5c7iAW36TK/Q$VUdoTDt4K1R/n+tKPkBNwaAIbFAff1iBziR0AAlJggY"
 """Hash of a random password that was thrown away: what is compared where there is no user."""
 

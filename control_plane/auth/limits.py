@@ -18,11 +18,12 @@ import structlog
 from flask import Flask, Response, current_app
 from flask_limiter import Limiter, RateLimitExceeded
 from limits import RateLimitItemPerMinute
+from limits.errors import ConfigurationError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from control_plane.auth.principal import Principal
-from control_plane.errors import LoginFailed, RateLimited
+from control_plane.errors import LoginFailed, RateLimited, SettingsError
 from control_plane.responses import render_error
 from control_plane.settings import Settings
 
@@ -52,7 +53,6 @@ class RateLimits:
         self._who = who
         self._limiter = Limiter(
             self._actor,
-            app=app,
             application_limits=[self._requests_per_minute],
             application_limits_exempt_when=lambda: self._who() is None,
             storage_uri=settings.redis_url,
@@ -61,6 +61,11 @@ class RateLimits:
             key_prefix=PREFIX,
             swallow_errors=True,
         )
+        try:
+            self._limiter.init_app(app)
+        except (ConfigurationError, ValueError):
+            # Neither the value nor the reason is shown: both may have a password.
+            raise SettingsError("LLMOS_REDIS_URL is no address of a Redis; expected redis://host:port/0.") from None
         self._limiter.logger.addFilter(_as_one_warning)
         app.register_error_handler(RateLimitExceeded, self._too_many_requests)
 

@@ -102,7 +102,7 @@ def log_in() -> Response:
     session, token = sessions.log_in(body.name, body.password)
     response = _no_store(jsonify(session_out(session, token)))
     response.status_code = 201
-    is_secure = not current_app.config["SETTINGS"].is_loopback
+    is_secure = request.is_secure or not current_app.config["SETTINGS"].is_loopback
     lifetime_s = int(sessions.LIFETIME.total_seconds())
     response.set_cookie(
         sessions.COOKIE, token, max_age=lifetime_s, httponly=True, samesite="Strict", secure=is_secure, path="/"

@@ -57,7 +57,7 @@ def revoke(prefix: Annotated[str, typer.Argument(help="As llmos keys list shows 
 
 def _create_over_api(name: str, role: str, limits: dict[str, Any], expires_at: datetime | None) -> str | None:
     """The new key, or None if there is nobody to ask."""
-    from control_plane.client import Unreachable
+    from control_plane.client import ApiError, Unreachable
 
     expires = None if expires_at is None else expires_at.isoformat()
     try:
@@ -66,6 +66,9 @@ def _create_over_api(name: str, role: str, limits: dict[str, Any], expires_at: d
     except (Unauthorized, Unreachable):
         # This is how the first key is made: nothing runs yet, or no key is there to ask with.
         return None
+    except ApiError as error:
+        hint = "; --direct writes into the database of LLMOS_HOME" if error.status in (401, 403) else ""
+        raise ApiError(f"{error}{hint}", error.status, error.code) from None
 
 
 def _create_directly(name: str, role: str, limits: dict[str, Any], expires_at: datetime | None) -> str:

@@ -176,6 +176,17 @@ def test_a_network_of_ipv6_counts_as_one_address(app, ada):
     assert log_in(app, PASSWORD, "2001:db8:0:1::1").status_code == 201
 
 
+@pytest.mark.parametrize(("num_proxies", "last"), [(0, 429), (1, 401)])
+def test_an_address_is_what_a_trusted_proxy_says_and_nobody_else(build, redis_process, num_proxies, last):
+    app = build(num_proxies=num_proxies)
+    body = {"name": "ada", "password": "wrong password"}
+    found = [
+        app.test_client().post("/api/v1/session", json=body, headers={"X-Forwarded-For": f"198.51.100.{number}"})
+        for number in range(FAILED_LOGINS_PER_MINUTE + 1)
+    ]
+    assert [answer.status_code for answer in found] == [401] * 10 + [last]
+
+
 def test_many_guesses_at_once_are_no_more_than_one_after_the_other(app, ada):
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: log_in(app, "wrong password").status_code, range(32)))

@@ -35,6 +35,7 @@ HOSTILE = ["..", "../users", "%2e%2e", "a/b", "a\0b", "x" * 300, "аda", "Ada", 
 def quick_hashes(monkeypatch):
     monkeypatch.setattr(hashes, "MEMORY_KIB", 64)
     monkeypatch.setattr(hashes, "TIME_COST", 1)
+    monkeypatch.setattr(hashes, "NOBODY", Passwords().hash("thrown away at once"))
 
 
 @pytest.fixture
@@ -98,14 +99,18 @@ def test_only_hashes_are_stored_and_no_answer_or_audit_row_has_them(app, sign_in
         assert PASSWORD not in text and "argon2" not in text and token not in text
 
 
-@pytest.mark.parametrize(("host", "is_secure"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_the_cookie_is_for_this_site_only_and_for_no_script(tmp_path, triton, host, is_secure):
+@pytest.mark.parametrize(
+    ("host", "num_proxies", "is_secure"), [("127.0.0.1", "0", False), ("0.0.0.0", "0", True), ("127.0.0.1", "1", True)]
+)
+def test_the_cookie_is_for_this_site_only_and_for_no_script(tmp_path, triton, host, num_proxies, is_secure):
     variables = {"LLMOS_HOME": str(tmp_path), "LLMOS_DATABASE_URL": "sqlite://", "LLMOS_HOST": host}
+    variables["LLMOS_NUM_PROXIES"] = num_proxies
     app = create_app(Settings.from_environment({**variables, "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0"}), triton)
     with app.app_context():
         db.create_all()
         users.create_user("ada", PASSWORD, "viewer")
-    answer = log_in(app, "ada", PASSWORD)
+    headers = {"X-Forwarded-Proto": "https"}
+    answer = app.test_client().post("/api/v1/session", json={"name": "ada", "password": PASSWORD}, headers=headers)
     cookie = answer.headers["Set-Cookie"].split("; ")
     assert {"HttpOnly", "SameSite=Strict", "Path=/", "Max-Age=43200"} <= set(cookie)
     assert ("Secure" in cookie) == is_secure
@@ -227,6 +232,25 @@ def test_an_outdated_hash_is_renewed_at_login(app, admin, monkeypatch):
 def test_a_password_may_be_typed_on_any_keyboard(app, admin):
     admin.create_user("ada", "café au lait, please")
     assert log_in(app, "ada", "cafe\u0301 au lait, please").status_code == 201
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b'{"name": "ada"}',
+        b'{"name": "ada", "password": "\\ud800"}',
+        b'{"name": "\\udfff", "password": "x"}',
+        b"\xff",
+        b'{"name": ["ada"], "password": "x"}',
+        b'{"name": "ada", "password": "x", "role": "admin"}',
+        b"[" * 60_000,
+    ],
+)
+def test_a_body_that_is_no_login_is_refused(app, body):
+    answer = app.test_client().post("/api/v1/session", data=body, content_type="application/json")
+    assert (answer.status_code, answer.mimetype) == (400, "application/problem+json")
 
 
 def test_a_body_of_10_mb_is_too_large(app, admin, sign_in):
