@@ -110,10 +110,7 @@ class RateLimits:
     def _too_many_requests(self, _: RateLimitExceeded) -> Response:
         reached = self._limiter.current_limit
         assert reached is not None
-        try:
-            wait_s = max(1, reached.reset_at - int(time.time()))
-        except redis.RedisError:
-            wait_s = MINUTE_S
+        wait_s = _seconds_until(self._counted(lambda: reached.window.reset_time, None))
         sentence = f"{self._actor()} has sent its {reached.limit.amount} requests of this minute; {_later(wait_s)}"
         return render_error(RateLimited(sentence, wait_s))
 
@@ -127,8 +124,8 @@ class RateLimits:
 
     def _wait_s(self, limit: int, *subject: str) -> int:
         item = RateLimitItemPerMinute(limit)
-        ends_at = self._counted(lambda: self._limiter.limiter.get_window_stats(item, PREFIX, *subject).reset_time, 0.0)
-        return max(1, round(ends_at - time.time())) if ends_at else MINUTE_S
+        stats = self._counted(lambda: self._limiter.limiter.get_window_stats(item, PREFIX, *subject), None)
+        return _seconds_until(None if stats is None else stats.reset_time)
 
     def _counted(self, ask: Callable[[], Any], otherwise: Any) -> Any:
         try:
@@ -141,6 +138,11 @@ class RateLimits:
 def rate_limits() -> RateLimits:
     found: RateLimits = current_app.extensions["rate_limits"]
     return found
+
+
+def _seconds_until(at: float | None) -> int:
+    """At least one; a minute if nobody knows when this one ends."""
+    return MINUTE_S if at is None else max(1, round(at - time.time()))
 
 
 def _later(wait_s: int) -> str:
