@@ -14,7 +14,7 @@ from control_plane.errors import Forbidden
 class Principal:
     """A key, or a user who has signed in. ``models`` are those it may use on /v1, None is all of them.
 
-    ``key_prefix`` or ``session_id`` finds the row again, so that a long answer can ask whether it is still valid.
+    ``key_prefix`` or ``token_sha256`` finds the row again, so that a long answer can ask whether it is still valid.
     """
 
     actor: str
@@ -24,7 +24,7 @@ class Principal:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     key_prefix: str | None = None
-    session_id: int | None = None
+    token_sha256: str | None = None
 
     def require(self, role: str, scopes: tuple[str, ...]) -> None:
         """Raises Forbidden if the role is below ``role``, or if none of ``scopes`` is there."""

@@ -150,7 +150,7 @@ def role_allows(role: str) -> bool:
 def identify_again(principal: Principal) -> Principal:
     """The principal as it is now; raises Unauthorized if it is not valid any more."""
     if principal.key_prefix is None:
-        return sessions.principal(sessions.get_session(principal.session_id))
+        return sessions.principal(sessions.get_session(principal.token_sha256))
     key = _get(principal.key_prefix)
     _check_active(key)
     return _principal(key)

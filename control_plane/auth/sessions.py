@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import structlog
 from flask import request
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 
 from control_plane.auth import audit
 from control_plane.auth.hashes import sha256
@@ -36,8 +36,7 @@ log = structlog.get_logger(__name__)
 def log_in(name: str, password: str) -> tuple[UserSession, str]:
     """A new session and its token; raises LoginFailed with one sentence, after one time, for every reason."""
     user = _verified(name, password)
-    if passwords().is_outdated(user.password_hash):
-        user.password_hash = passwords().hash(password)
+    _keep_hash(user, password)
     db.session.execute(delete(UserSession).where(UserSession.user_id == user.id, UserSession.expires_at <= now()))
     token = secrets.token_urlsafe(32)
     session = UserSession(token_sha256=sha256(token), user=user, expires_at=now() + LIFETIME)
@@ -60,15 +59,17 @@ def change_password(session: UserSession, current: str, new: str) -> None:
     edit_user(user.name, UserEdit(password=new), user.revision)
 
 
-def get_session(session_id: int | None) -> UserSession:
+def get_session(token_sha256: str | None) -> UserSession:
     """The session if it is still valid; raises InvalidSession."""
-    session = None if session_id is None else db.session.get(UserSession, session_id)
-    return _valid(session)
+    session = db.session.scalar(select(UserSession).where(UserSession.token_sha256 == token_sha256))
+    if session is None or session.expires_at <= now() or not session.user.is_active:
+        raise InvalidSession("the session has ended; sign in again with POST /api/v1/session")
+    return session
 
 
 def identify(token: str) -> Principal:
     """Who sent the current request with this cookie; raises InvalidSession, or Forbidden without the CSRF token."""
-    session = _valid(db.session.scalar(select(UserSession).where(UserSession.token_sha256 == sha256(token))))
+    session = get_session(sha256(token))
     given = request.headers.get(CSRF_HEADER, "")
     if request.method not in SAFE_METHODS and not hmac.compare_digest(given.encode(), csrf_token(token).encode()):
         raise Forbidden(f"a request that changes something needs the header {CSRF_HEADER}; GET /api/v1/session has it")
@@ -77,7 +78,7 @@ def identify(token: str) -> Principal:
 
 def principal(session: UserSession) -> Principal:
     role = session.user.role
-    return Principal(actor=_actor(session.user), role=role, scopes=scopes_of(role), session_id=session.id)
+    return Principal(actor=_actor(session.user), role=role, scopes=scopes_of(role), token_sha256=session.token_sha256)
 
 
 def csrf_token(token: str) -> str:
@@ -90,13 +91,28 @@ def _verified(name: str, password: str) -> User:
         # Give the connection back: comparing takes its time.
         db.session.rollback()
         is_right = passwords().verify(password_hash, password)
-        # Looked at again, because the password may have been changed, or the user deactivated, meanwhile.
-        query = select(User).where(User.id == user_id, User.password_hash == password_hash, User.is_active.is_(True))
-        user = db.session.scalar(query) if is_right else None
-        if user is None:
-            log.warning("login_failed", address=request.remote_addr)
-            raise LoginFailed("the name or the password is not right")
+        user = db.session.get(User, user_id) if is_right else None
+        if user is None or not user.is_active or user.password_hash != password_hash:
+            raise _failed()
         return user
+
+
+def _keep_hash(user: User, password: str) -> None:
+    """Renew an outdated hash. A write even if there is nothing to renew: it holds the row until the session is there,
+    so that a new password given meanwhile either is seen here or ends this session, too.
+    """
+    known = user.password_hash
+    renewed = passwords().hash(password) if passwords().is_outdated(known) else known
+    is_same = (User.id == user.id) & (User.password_hash == known) & User.is_active.is_(True)
+    kept = db.session.execute(update(User).where(is_same).values(password_hash=renewed))
+    if not kept.rowcount:  # type: ignore[attr-defined]
+        db.session.rollback()
+        raise _failed()
+
+
+def _failed() -> LoginFailed:
+    log.warning("login_failed", address=request.remote_addr)
+    return LoginFailed("the name or the password is not right")
 
 
 def _known(name: str) -> tuple[int | None, str | None]:
@@ -105,12 +121,6 @@ def _known(name: str) -> tuple[int | None, str | None]:
         if row is not None:
             return row.id, row.password_hash
     return None, None
-
-
-def _valid(session: UserSession | None) -> UserSession:
-    if session is None or session.expires_at <= now() or not session.user.is_active:
-        raise InvalidSession("the session has ended; sign in again with POST /api/v1/session")
-    return session
 
 
 def _actor(user: User) -> str:

@@ -142,9 +142,9 @@ def list_audit_events() -> dict[str, Any]:
 
 def _session() -> UserSession:
     principal = current_principal()
-    if principal.session_id is None:
+    if principal.token_sha256 is None:
         raise NotFound(f"nobody is signed in: {principal.actor} asks; GET /api/v1/keys/self shows what it may do")
-    return sessions.get_session(principal.session_id)
+    return sessions.get_session(principal.token_sha256)
 
 
 def _signed_out() -> Response:

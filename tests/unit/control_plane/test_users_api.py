@@ -13,13 +13,13 @@ import pytest
 from sqlalchemy import select
 
 from control_plane import create_app
-from control_plane.auth import hashes, sessions, users, watch
+from control_plane.auth import hashes, services, sessions, users, watch
 from control_plane.auth.hashes import Passwords, sha256
 from control_plane.auth.services import create_key
 from control_plane.auth.tables import AuditEvent, User, UserSession
 from control_plane.auth.users import UserEdit
 from control_plane.client import ApiError, ControlPlane
-from control_plane.errors import Conflict, LoginFailed
+from control_plane.errors import Conflict, InvalidSession, LoginFailed
 from control_plane.extensions import db, now
 from control_plane.settings import Settings
 from control_plane.triton_fake import word_by_word
@@ -433,6 +433,34 @@ def test_a_user_who_is_deactivated_while_the_password_is_checked_is_not_let_in(a
     monkeypatch.setattr(Passwords, "verify", slow)
     with app.test_request_context(), pytest.raises(LoginFailed):
         sessions.log_in("ada", PASSWORD)
+
+
+@pytest.mark.parametrize("change", [{"is_active": False}, {"password": PASSWORD + "!"}])
+def test_a_login_with_a_password_that_is_replaced_meanwhile_leaves_no_session(app, admin, monkeypatch, change):
+    admin.create_user("ada", PASSWORD)
+    is_outdated = Passwords.is_outdated
+
+    def slow(self, found):
+        # Verified already, but the session is not there yet. The real store is shared, so its transaction ends first.
+        db.session.rollback()
+        admin.edit_user("ada", **change)
+        return is_outdated(self, found)
+
+    monkeypatch.setattr(Passwords, "is_outdated", slow)
+    assert log_in(app, "ada", PASSWORD).json["detail"] == SENTENCE
+    with app.app_context():
+        assert db.session.scalars(select(UserSession)).all() == []
+
+
+def test_a_session_is_not_taken_for_a_later_one_with_its_number(app, admin, sign_in):
+    browser, csrf = sign_in("eve", "admin")
+    with app.app_context():
+        principal = sessions.principal(db.session.scalars(select(UserSession)).one())
+    browser.delete("/api/v1/session", headers=csrf)
+    sign_in("ada", "admin")
+    # SQLite gives the row's number again.
+    with app.app_context(), pytest.raises(InvalidSession):
+        services.identify_again(principal)
 
 
 @pytest.mark.parametrize("change", [{"is_active": False}, {"password": PASSWORD + "!"}, {"role": "viewer"}])
