@@ -30,7 +30,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     app.extensions["triton"] = triton or connect(settings)
     init_extensions(app, settings)
     init_responses(app, settings)
-    auth.init_app(app)
+    auth.init_app(app, settings)
     jobs.init_app(app, KINDS)
     registry.init_app(app)
     gateway.init_app(app, settings)

@@ -14,18 +14,21 @@ from typing import Annotated, Any
 
 import typer
 
+from control_plane.commands.audit import audit
 from control_plane.commands.deployments import abort, canary, promote, retire, rollback, withdraw
 from control_plane.commands.jobs import jobs
+from control_plane.commands.keys import keys
 from control_plane.commands.models import models, publish
+from control_plane.commands.users import users
 from control_plane.errors import BadRequest, ControlPlaneError, NotFound
 from control_plane.settings import Settings
 
 app = typer.Typer(help="An LLM operating system for one machine.", no_args_is_help=True, pretty_exceptions_enable=False)
-keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(users, name="users")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
-for command in (publish, promote, rollback, canary, abort, withdraw, retire):
+for command in (publish, promote, rollback, canary, abort, withdraw, retire, audit):
     app.command()(command)
 
 
@@ -184,19 +187,6 @@ def generate(
         typer.echo()
     finally:
         triton.close()
-
-
-@keys.command("create")
-def create_key(
-    name: Annotated[str, typer.Argument(help="Whom or what it is for.")],
-    role: Annotated[str, typer.Option(help="viewer, developer, operator or admin.")] = "developer",
-) -> None:
-    """Make an API key and print it, this once."""
-    from control_plane.launcher import database
-
-    settings = Settings.from_environment()
-    database.upgrade(settings)
-    typer.echo(database.create_key(settings, name, role))
 
 
 def _run_exporter(arguments: list[str], title: str) -> dict[str, Any]:

@@ -186,6 +186,47 @@ class ControlPlane:
                     raise self._unreachable(error) from None
                 time.sleep(RECONNECT_S)
 
+    def keys(self) -> list[Document]:
+        """Every API key, newest first, revoked ones too; never a secret."""
+        return self._pages("/api/v1/keys", "before", "prefix", {})
+
+    def key(self, prefix: str = "self") -> Document:
+        return self._ask("GET", f"/api/v1/keys/{quote(prefix, safe='')}")
+
+    def create_key(self, name: str, role: str = "developer", **limits: Any) -> Document:
+        """``limits``: scopes, models, requests_per_minute, tokens_per_minute, expires_at (ISO 8601 with a zone).
+
+        ``key`` of the answer is the key itself, which cannot be had again.
+        """
+        given = {limit: value for limit, value in limits.items() if value is not None}
+        return self._ask("POST", "/api/v1/keys", json={"name": name, "role": role, **given})
+
+    def revoke_key(self, prefix: str) -> Document:
+        return self._ask("DELETE", f"/api/v1/keys/{quote(prefix, safe='')}")
+
+    def users(self) -> list[Document]:
+        return self._pages("/api/v1/users", "after", "name", {})
+
+    def user(self, name: str) -> Document:
+        return self._ask("GET", f"/api/v1/users/{quote(name, safe='')}")
+
+    def create_user(self, name: str, password: str, role: str = "viewer") -> Document:
+        return self._ask("POST", "/api/v1/users", json={"name": name, "password": password, "role": role})
+
+    def edit_user(self, name: str, revision: int | None = None, **changes: Any) -> Document:
+        """``changes``: role, is_active, password. With the ``revision`` that was read, as for ``describe_model``."""
+        headers = {} if revision is None else {"If-Match": f'"{revision}"'}
+        return self._ask("PATCH", f"/api/v1/users/{quote(name, safe='')}", json=changes, headers=headers)
+
+    def audit(
+        self, actor: str | None = None, action: str | None = None, object_id: str | None = None, limit: int = 50
+    ) -> list[Document]:
+        """The newest ``limit`` changes by one actor, of one kind, of one object."""
+        given = {"actor": actor, "action": action, "object": object_id, "limit": limit}
+        params = {name: value for name, value in given.items() if value is not None}
+        found: list[Document] = self._ask("GET", "/api/v1/audit", params=params)["data"]
+        return found
+
     def _pages(self, path: str, cursor: str, key: str, params: Mapping[str, Any]) -> list[Document]:
         """All pages of a list whose next page begins behind ``key`` of the last row."""
         rows: list[Document] = []
@@ -203,9 +244,15 @@ class ControlPlane:
             if response.is_error:
                 response.read()
                 raise _error(response)
+            is_error = False
             for line in response.iter_lines():
-                if line.startswith("data: "):
-                    yield json.loads(line.removeprefix("data: "))
+                if line == "event: error":
+                    is_error = True
+                elif line.startswith("data: "):
+                    document = json.loads(line.removeprefix("data: "))
+                    if is_error:
+                        raise ApiError(document["detail"], document["status"], document["code"])
+                    yield document
 
     def _ask(self, method: str, path: str, **options: Any) -> Document:
         try:

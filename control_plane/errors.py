@@ -5,10 +5,13 @@ ControlPlaneError       500 internal_error
 ├── PreflightError      500 preflight_failed      this machine cannot run llmos as it is
 ├── BadRequest          400 invalid_request
 ├── Unauthorized        401 invalid_api_key
+│   ├── InvalidSession  401 invalid_session       the session has expired or was revoked
+│   └── LoginFailed     401 login_failed          name or password is wrong; never which
 ├── Forbidden           403 forbidden             the key's role may not do this
 ├── NotFound            404 not_found             no such model, version, …
 ├── Conflict            409 conflict              the object is not in a state that allows this
 ├── PreconditionFailed  412 precondition_failed   somebody else changed it since it was read
+├── RateLimited         429 rate_limit_exceeded   too many requests, tokens or failed logins; says when to come back
 ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
 ├── RequestTimeout      504 timeout
 ├── Overloaded          503 overloaded            the engine's queue is full; try again
@@ -22,6 +25,7 @@ ControlPlaneError       500 internal_error
 class ControlPlaneError(Exception):
     status = 500
     code = "internal_error"
+    retry_after_s: int | None = None
 
 
 class SettingsError(ControlPlaneError):
@@ -42,6 +46,14 @@ class Unauthorized(ControlPlaneError):
     code = "invalid_api_key"
 
 
+class InvalidSession(Unauthorized):
+    code = "invalid_session"
+
+
+class LoginFailed(Unauthorized):
+    code = "login_failed"
+
+
 class Forbidden(ControlPlaneError):
     status = 403
     code = "forbidden"
@@ -60,6 +72,15 @@ class Conflict(ControlPlaneError):
 class PreconditionFailed(ControlPlaneError):
     status = 412
     code = "precondition_failed"
+
+
+class RateLimited(ControlPlaneError):
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ClientGone(ControlPlaneError):

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from flask import Response, jsonify
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from werkzeug.http import quote_etag
 
 from control_plane.errors import ControlPlaneError
 from control_plane.extensions import iso
@@ -29,6 +30,7 @@ from control_plane.requests import parse_body, parse_headers, parse_query
 HTML = "text/html"
 EVENT_STREAM = "text/event-stream"
 ETAG = {"ETag": "the revision, for If-Match"}
+NO_STORE = {"Cache-Control": "no-store: it holds a secret"}
 
 Item = TypeVar("Item")
 View = Callable[..., Any]
@@ -114,3 +116,8 @@ class Operation:
         response.status_code = self.status
         response.headers.update(headers)
         return response
+
+
+def with_etag(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The document, and its ``revision`` as its ETag."""
+    return document, {"ETag": quote_etag(str(document["revision"]))}

@@ -93,25 +93,6 @@ def _parse_texts(schema: type[Given], given: Mapping[str, str] | Headers) -> Giv
         raise BadRequest(f"{name} has value {value!r:.100}; {expected}") from None
 
 
-def query_number(name: str, default: int, *, least: int = 1, most: int = LARGEST) -> int:
-    """A parameter of the query that no schema declares; raises BadRequest."""
-    given = request.args.get(name)
-    if given is None:
-        return default
-    # Digits of ASCII only: int() takes others, too.
-    if not (given.isascii() and given.isdecimal() and len(given) < 20 and least <= int(given) <= most):
-        raise BadRequest(f"{name} has value {given!r:.100}; expected a whole number from {least} to {most}")
-    return int(given)
-
-
-def query_text(name: str) -> str | None:
-    """A parameter of the query that no schema declares; raises BadRequest for what no name of ours can be."""
-    value = request.args.get(name)
-    if value is not None and not (len(value) <= MAX_TEXT and value.isprintable()):
-        raise BadRequest(f"{name} has value {value!r:.100}; expected at most {MAX_TEXT} printable characters")
-    return value
-
-
 def page(rows: Sequence[Row], limit: int, render: Callable[[Row], Any] = lambda row: row) -> dict[str, Any]:
     """One page of a list; ``rows`` were read with one more than ``limit``, which tells whether there is another."""
     return {"data": [render(row) for row in rows[:limit]], "has_more": len(rows) > limit}

@@ -23,7 +23,7 @@ from control_plane.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 API_PREFIX = "/api/"
-RETRY_AFTER_S = "1"
+RETRY_AFTER_S = 1
 MAX_DISCARDED_BYTES = 16 << 20
 DISCARD_CHUNK_BYTES = 64 << 10
 SECURITY_HEADERS = {
@@ -33,6 +33,7 @@ SECURITY_HEADERS = {
     "X-Frame-Options": "DENY",
 }
 HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_KINDS = {429: "rate_limit_error"}
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +45,7 @@ def init_responses(app: Flask, settings: Settings) -> None:
     app.config["MAX_CONTENT_LENGTH"] = settings.request_limit_bytes
     app.before_request(_start_request)
     app.after_request(_add_headers)
-    app.register_error_handler(ControlPlaneError, _control_plane_error)
+    app.register_error_handler(ControlPlaneError, render_error)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _unexpected_error)
     for unreachable in UNREACHABLE:
@@ -61,7 +62,7 @@ def read_body() -> bytes:
 
 
 def error_body(message: str, status: int, code: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
@@ -93,12 +94,14 @@ def _add_headers(response: Response) -> Response:
     return response
 
 
-def _control_plane_error(error: ControlPlaneError) -> Response:
+def render_error(error: ControlPlaneError) -> Response:
+    """The error in the shape of the current path, with the headers that belong to its status."""
     response = _error_response(str(error), error.status, error.code)
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 503:
-        response.headers["Retry-After"] = RETRY_AFTER_S
+    retry_after_s = RETRY_AFTER_S if error.status == 503 else error.retry_after_s
+    if retry_after_s is not None:
+        response.headers["Retry-After"] = str(retry_after_s)
     if error.status >= 500:
         log.warning("request_failed", path=request.path, status=error.status, code=error.code, reason=str(error))
     return response
@@ -131,7 +134,7 @@ def _discard_rest() -> None:
 def _database_error(error: Exception) -> Response:
     # Where the database is and what it said is for the log only.
     log.warning("database_unavailable", path=request.path, reason=str(getattr(error, "orig", error)))
-    return _control_plane_error(DatabaseUnavailable("the database does not answer at the moment; try again"))
+    return render_error(DatabaseUnavailable("the database does not answer at the moment; try again"))
 
 
 def _unexpected_error(error: Exception) -> Response:

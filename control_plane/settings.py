@@ -64,6 +64,12 @@ def _days(value: str) -> int:
     return int(value)
 
 
+def _number(value: str) -> int:
+    if not value.isdigit():
+        raise ValueError("a whole number ≥ 0")
+    return int(value)
+
+
 def _seconds(value: str) -> float:
     try:
         seconds = float(value)
@@ -135,6 +141,12 @@ class Settings:
     )
     request_timeout_s: float = _setting(
         "LLMOS_REQUEST_TIMEOUT_S", _seconds, "600", "longest time one /v1 request may take"
+    )
+    num_proxies: int = _setting(
+        "LLMOS_NUM_PROXIES", _number, "0", "proxies in front of the web server, whose X-Forwarded-For is believed"
+    )
+    requests_per_minute: int = _setting(
+        "LLMOS_REQUESTS_PER_MINUTE", _count, "6000", "requests of a key without a limit of its own, or of a user"
     )
     request_limit_bytes: int = _setting(
         "LLMOS_REQUEST_LIMIT_BYTES", _count, "1048576", "largest request body that the web server reads"

@@ -1,4 +1,4 @@
-"""Who may do what: API keys and roles."""
+"""Who may do what: API keys, users, roles, scopes, and the record of changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
+    from control_plane.settings import Settings
 
-def init_app(app: Flask) -> None:
-    """Make the tables known to the database; keys have no routes yet."""
-    from control_plane.auth import tables  # noqa: F401
+
+def init_app(app: Flask, settings: Settings) -> None:
+    from werkzeug.middleware.proxy_fix import ProxyFix
+
+    from control_plane.auth.hashes import Passwords
+    from control_plane.auth.limits import RateLimits
+    from control_plane.auth.services import known_principal
+    from control_plane.auth.views import auth
+
+    if settings.num_proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.num_proxies, x_proto=settings.num_proxies)  # type: ignore[method-assign]
+    app.extensions["passwords"] = Passwords()
+    app.extensions["rate_limits"] = RateLimits(app, settings, known_principal)
+    app.register_blueprint(auth)

@@ -85,12 +85,16 @@ class Usage:
         self._cached_tokens[prompt] = int(response.metrics.get("cached_tokens", self._cached_tokens[prompt]))
         self._completion_tokens += sum(len(output.token_ids) for output in response.outputs)
 
+    @property
+    def total_tokens(self) -> int:
+        return sum(self._prompt_tokens) + self._completion_tokens
+
     def to_json(self) -> dict[str, Any]:
         prompt_tokens = sum(self._prompt_tokens)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._completion_tokens,
-            "total_tokens": prompt_tokens + self._completion_tokens,
+            "total_tokens": self.total_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 

@@ -48,6 +48,11 @@ class Completion:
         echoed = [prompt.text or "" if request.echo else "" for prompt in request.prompt for _ in range(params.n)]
         self._choices = [Choice(index, text) for index, text in enumerate(echoed)]
 
+    @property
+    def total_tokens(self) -> int:
+        """Of its prompts and of what was generated so far."""
+        return self._usage.total_tokens
+
     def whole(self) -> dict[str, Any]:
         """The complete answer; raises the first error of any prompt."""
         for _ in self._finished_or_new_choices(stream=False):

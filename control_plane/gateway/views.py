@@ -13,7 +13,10 @@ import structlog
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, request
 
+from control_plane.auth.limits import rate_limits
+from control_plane.auth.principal import current_principal
 from control_plane.auth.services import require_key
+from control_plane.auth.watch import Watch
 from control_plane.errors import (
     ClientGone,
     ControlPlaneError,
@@ -28,7 +31,7 @@ from control_plane.gateway.answers import CompletionObject, ModelList, ModelObje
 from control_plane.gateway.schemas import CompletionRequest, parse_completion
 from control_plane.gateway.services import Completion, served_model, served_models
 from control_plane.operations import EVENT_STREAM, Operation
-from control_plane.registry.routing import Router
+from control_plane.registry.routing import Router, model_name
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
 from control_plane.triton import TritonClient
@@ -48,23 +51,25 @@ COMPLETION_ERRORS = (
 
 
 @gateway.get("/models")
-@require_key("viewer")
+@require_key("viewer", "read", "generate")
 @Operation(ModelList)
 def list_models() -> dict[str, Any]:
-    """Models whose production version is loaded."""
-    return {"object": "list", "data": served_models(_router(), _settings())}
+    """Models whose production version is loaded, and that the key may use."""
+    models = served_models(_router(), _settings())
+    return {"object": "list", "data": [model for model in models if current_principal().may_use(model["id"])]}
 
 
 @gateway.get("/models/<name>")
-@require_key("viewer")
+@require_key("viewer", "read", "generate")
 @Operation(ModelObject, errors=(ModelNotReady,))
 def get_model(name: str) -> dict[str, Any]:
     """One model that is ready; also by ``name@alias`` and ``name@version``."""
+    current_principal().require_model(model_name(name))
     return served_model(_router(), _settings(), name)
 
 
 @gateway.post("/completions")
-@require_key("developer")
+@require_key("developer", "generate")
 @Operation(
     CompletionObject,
     reads=CompletionRequest,
@@ -75,17 +80,24 @@ def get_model(name: str) -> dict[str, Any]:
 def create_completion() -> Response:
     """Complete a prompt, or several; streamed with ``stream``."""
     body, params = parse_completion(read_body())
-    is_abandoned = _hung_up(request.environ.get("gunicorn.socket"))
-    completion = Completion(_triton(), _router(), _settings(), body, params, is_abandoned)
+    principal, limits = current_principal(), rate_limits()
+    principal.require_model(model_name(body.model))
+    limits.check_tokens(principal)
+    completion = Completion(_triton(), _router(), _settings(), body, params, _is_abandoned())
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
+
+    def end() -> None:
+        slots.release()
+        limits.spend_tokens(principal, completion.total_tokens)
+
     try:
         response = _event_stream(completion.chunks()) if body.stream else jsonify(completion.whole())
     except BaseException:
-        slots.release()
+        end()
         raise
-    response.call_on_close(slots.release)
+    response.call_on_close(end)
     if completion.route is not None:
         response.headers[VERSION_HEADER] = str(completion.route.version)
     return response
@@ -118,6 +130,17 @@ def _events(chunks: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 def _event(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _is_abandoned() -> Callable[[], bool]:
+    """Whether the client hung up; raises what ends the answer if its key is revoked or expires meanwhile."""
+    watch, hung_up = Watch(), _hung_up(request.environ.get("gunicorn.socket"))
+
+    def is_abandoned() -> bool:
+        watch.check()
+        return hung_up()
+
+    return is_abandoned
 
 
 def _hung_up(connection: socket.socket | None) -> Callable[[], bool]:

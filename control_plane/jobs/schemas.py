@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from control_plane.auth.services import ROLES
+from control_plane.auth.roles import ROLES
 from control_plane.extensions import iso
 from control_plane.jobs.services import JOB_ID, MAX_KEY_LENGTH, PRIORITIES
 from control_plane.jobs.tables import STATES, JobEvent

@@ -11,8 +11,9 @@ from apiflask import APIBlueprint
 from flask import Flask, Response, current_app, request
 
 from control_plane.auth.services import require_key, role_allows
+from control_plane.auth.watch import Watch
 from control_plane.databases import UNREACHABLE
-from control_plane.errors import Conflict, Forbidden, NotFound, Overloaded
+from control_plane.errors import Conflict, ControlPlaneError, Forbidden, NotFound, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
@@ -31,6 +32,7 @@ from control_plane.jobs.schemas import (
 from control_plane.jobs.tables import Job
 from control_plane.operations import EVENT_STREAM, Operation, Page
 from control_plane.requests import page
+from control_plane.responses import problem_body
 
 jobs = APIBlueprint("jobs", __name__, url_prefix="/api/v1")
 
@@ -98,7 +100,8 @@ def list_events(job_id: str, query: EventQuery, headers: EventHeaders) -> dict[s
         slots = app.extensions["event_stream_slots"]
         if not slots.acquire(blocking=False):
             raise Overloaded("too many event streams are open; close some, or set LLMOS_WEB_THREADS higher")
-        response = Response(_event_stream(app, job_id, after), content_type=f"{EVENT_STREAM}; charset=utf-8")
+        events = _until_error(app, _event_stream(app, Watch(), job_id, after))
+        response = Response(events, content_type=f"{EVENT_STREAM}; charset=utf-8")
         response.call_on_close(slots.release)
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
@@ -107,7 +110,7 @@ def list_events(job_id: str, query: EventQuery, headers: EventHeaders) -> dict[s
 
 
 @jobs.post("/jobs/<job_id>/cancel")
-@require_key("operator")
+@require_key("operator", "jobs")
 @Operation(JobOut, errors=(Conflict,))
 def cancel_job(job_id: str) -> Job:
     """End a job that has not ended."""
@@ -115,7 +118,7 @@ def cancel_job(job_id: str) -> Job:
 
 
 @jobs.post("/jobs/<job_id>/retry")
-@require_key("operator")
+@require_key("operator", "jobs")
 @Operation(JobOut, errors=(Conflict,))
 def retry_job(job_id: str) -> Job:
     """Run a failed or cancelled job again, from its last finished step on."""
@@ -123,10 +126,21 @@ def retry_job(job_id: str) -> Job:
     return services.retry(current_app.extensions["celery"], job_id, limit)
 
 
-def _event_stream(app: Flask, job_id: str, after: int) -> Iterator[str]:
+def _until_error(app: Flask, events: Iterator[str]) -> Iterator[str]:
+    """A stream that cannot go on says why in its last event, a problem document."""
+    try:
+        yield from events
+    except ControlPlaneError as error:
+        with app.app_context():
+            problem = problem_body(str(error), error.status, error.code)
+        yield f"event: error\ndata: {json.dumps(problem, ensure_ascii=False)}\n\n"
+
+
+def _event_stream(app: Flask, watch: Watch, job_id: str, after: int) -> Iterator[str]:
     """Read from SQL, not from Redis: what was missed is there, and losing Redis loses nothing."""
     sent_at = started_at = time.monotonic()
     while time.monotonic() - started_at < STREAM_LIMIT_S:
+        watch.check()
         try:
             has_ended, found = _read_events(app, job_id, after)
         except UNREACHABLE:

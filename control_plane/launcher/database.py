@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from control_plane import secrets
 from control_plane.settings import Settings
@@ -60,12 +61,13 @@ def ensure_local_key(settings: Settings) -> None:
     secrets.store_local_api_key(settings, create_key(settings, LOCAL_KEY_NAME, "admin"))
 
 
-def create_key(settings: Settings, name: str, role: str) -> str:
+def create_key(settings: Settings, name: str, role: str, **limits: Any) -> str:
     """Store a new API key and return its plain text, which cannot be had again. Raises BadRequest."""
     from control_plane.auth import services
+    from control_plane.auth.key_params import KeyParams
 
     with _application(settings):
-        return services.create_key(name, role)
+        return services.make_key(KeyParams(name, role, **limits))[1]
 
 
 def _log_warnings_only() -> None:

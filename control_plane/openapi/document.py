@@ -17,7 +17,8 @@ from flask import Flask
 from werkzeug.http import HTTP_STATUS_CODES
 
 from control_plane.auth.services import role_of
-from control_plane.errors import BadRequest, ControlPlaneError, Forbidden, NotFound, Unauthorized
+from control_plane.auth.sessions import COOKIE
+from control_plane.errors import BadRequest, ControlPlaneError, Forbidden, NotFound, RateLimited, Unauthorized
 from control_plane.openapi.schemas import (
     COLLECTIONS,
     Components,
@@ -31,12 +32,21 @@ from control_plane.operations import EVENT_STREAM, Operation
 from control_plane.responses import API_PREFIX, HTTP_CODES
 
 ABOUT = "`x-role` is the lowest role that may call an operation. Operations without one are public."
-BEARER = {"type": "http", "scheme": "bearer", "description": "an API key: llmos_…"}
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "an API key: llmos_…"},
+    "session": {
+        "type": "apiKey",
+        "in": "cookie",
+        "name": COOKIE,
+        "description": "somebody who is signed in; what changes something needs the header X-CSRF-Token, too",
+    },
+}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 VARIABLE = re.compile(r"<(?:\w+:)?(\w+)>")
 MEMBER = re.compile(rf"([\w-]+)/{VARIABLE.pattern}")
 TOO_LARGE = 413
-ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "after how many seconds to try again"}}
+RETRY_AFTER = {"Retry-After": "after how many seconds to try again"}
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY_AFTER, 503: RETRY_AFTER}
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def build_document(app: Flask) -> Document:
         "openapi": "3.1.0",
         "info": {"title": "llmos", "version": version("llmos"), "description": ABOUT},
         "paths": paths,
-        "components": {"schemas": components.schemas, "securitySchemes": {"bearer": BEARER}},
+        "components": {"schemas": components.schemas, "securitySchemes": SECURITY_SCHEMES},
     }
 
 
@@ -95,7 +105,7 @@ def _operation(route: Route, components: Components) -> Document:
         "tags": [route.endpoint.partition(".")[0]],
         "summary": " ".join(summary.replace("`", "").split()),
         "description": description,
-        "security": [{"bearer": []}] if role else [],
+        "security": [{name: []} for name in SECURITY_SCHEMES] if role else [],
         "parameters": [
             *_path_parameters(route.rule),
             *parameters(declared.query, "query"),
@@ -151,7 +161,7 @@ def _errors(route: Route, components: Components) -> Document:
     has_body = declared.body is not None or declared.reads is not None
     errors: list[type[ControlPlaneError]] = [ControlPlaneError, *declared.errors]
     if role_of(route.view) is not None:
-        errors += [Unauthorized, Forbidden]
+        errors += [Unauthorized, Forbidden, RateLimited]
     if has_body or declared.query or declared.headers:
         errors.append(BadRequest)
     if VARIABLE.search(route.rule):

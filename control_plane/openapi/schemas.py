@@ -9,6 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
+from control_plane.auth.services import OWN, PREFIX
+from control_plane.auth.users import MAX_NAME_LENGTH
+from control_plane.auth.users import NAME as USER_NAME
 from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.schemas import JobIn
 from control_plane.jobs.services import JOB_ID
@@ -24,6 +27,8 @@ COLLECTIONS: dict[str, Document] = {
     "versions": {"type": "integer", "minimum": 1},
     "aliases": {"type": "string", "pattern": f"^{ALIAS.pattern}$"},
     "deployments": {"type": "integer", "minimum": 1},
+    "keys": {"type": "string", "pattern": f"^({PREFIX.pattern}|{OWN})$"},
+    "users": {"type": "string", "pattern": f"^{USER_NAME.pattern}$", "maxLength": MAX_NAME_LENGTH},
 }
 """What may name a member of a collection, /jobs/<job_id>, as the service that looks for it checks."""
 REFERENCE = "#/components/schemas/{model}"

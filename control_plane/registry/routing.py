@@ -145,6 +145,11 @@ class Router:
         return _Table(aliases, weights, serving, time.monotonic())
 
 
+def model_name(name: str) -> str:
+    """``chat`` of ``chat@canary``."""
+    return name.partition("@")[0]
+
+
 def _loaded(serving: ServingState, model: str, number: int) -> Place | None:
     found = serving.where(model, number)
     return found[0] if found is not None and found[1].state == LOADED else None

@@ -7,11 +7,10 @@ from typing import Any
 
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify
-from werkzeug.http import quote_etag
 
 from control_plane.auth.services import require_key, role_allows
 from control_plane.errors import Conflict, PreconditionFailed
-from control_plane.operations import ETAG, Operation, Page
+from control_plane.operations import ETAG, Operation, Page, with_etag
 from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.schemas import (
     MAX_NUMBER,
@@ -63,7 +62,7 @@ def list_models(query: ModelQuery) -> dict[str, Any]:
 def show_model(name: str) -> Tagged:
     """One model."""
     model = services.get_model(name)
-    return _with_etag(model_out(model, _aliases(model)))
+    return with_etag(model_out(model, _aliases(model)))
 
 
 @models.patch("/models/<name>")
@@ -75,7 +74,7 @@ def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> Tagged:
     With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster.
     """
     model = services.edit_model(name, body.changes, headers.revision)
-    return _with_etag(model_out(model, _aliases(model)))
+    return with_etag(model_out(model, _aliases(model)))
 
 
 @models.get("/models/<name>/versions")
@@ -119,7 +118,7 @@ def list_aliases(name: str) -> dict[str, Any]:
 @Operation(AliasOut, headers=IfMatch, body=AliasIn, errors=(Conflict, PreconditionFailed), sends=ETAG)
 def set_alias(name: str, alias: str, headers: IfMatch, body: AliasIn) -> Tagged:
     """Point an alias to a version; production and canary are moved by deployments only."""
-    return _with_etag(alias_out(deployments.set_alias(name, alias, body.version, headers.revision)))
+    return with_etag(alias_out(deployments.set_alias(name, alias, body.version, headers.revision)))
 
 
 @models.delete("/models/<name>/aliases/<alias>")
@@ -188,10 +187,6 @@ def list_evaluations(name: str, query: EvaluationQuery) -> dict[str, Any]:
     """What was measured of a model's versions, newest first."""
     found = services.find_evaluations(name, query.version, query.before, query.limit + 1)
     return page(found, query.limit, evaluation_out)
-
-
-def _with_etag(document: dict[str, Any]) -> Tagged:
-    return document, {"ETag": quote_etag(str(document["revision"]))}
 
 
 def _bounded(number: int) -> int:

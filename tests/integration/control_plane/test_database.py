@@ -57,6 +57,16 @@ def test_upgrade_is_safe_to_repeat_and_keeps_keys(app, settings):
         assert services.authenticate(key).name == "first"
 
 
+def test_a_key_from_before_scopes_may_what_its_role_may(app):
+    with app.app_context():
+        key = services.create_key("first", "operator")
+        flask_migrate.downgrade(directory=str(MIGRATIONS_DIR), revision="0003")
+        assert "scopes" not in {column["name"] for column in sqlalchemy.inspect(db.engine).get_columns("api_keys")}
+        flask_migrate.upgrade(directory=str(MIGRATIONS_DIR))
+        row = services.authenticate(key)
+        assert (row.role, row.scopes, row.models, row.tokens_per_minute) == ("operator", None, None, None)
+
+
 def test_every_migration_can_be_taken_back(app):
     with app.app_context():
         flask_migrate.downgrade(directory=str(MIGRATIONS_DIR), revision="base")

@@ -16,7 +16,10 @@ from apiflask import APIFlask
 from schemathesis.engine import Status, events, from_schema
 
 from control_plane import create_app, upgrade_database
-from control_plane.auth.services import ROLES, create_key
+from control_plane.auth.roles import ROLES
+from control_plane.auth.services import OWN, PREFIX, create_key
+from control_plane.auth.tables import ApiKey
+from control_plane.auth.users import create_user
 from control_plane.extensions import db, now
 from control_plane.jobs.services import JOB_ID
 from control_plane.jobs.tables import FAILED, Job, JobEvent
@@ -42,17 +45,22 @@ PUBLIC = {
     "/api/v1/docs",
     "/api/v1/docs/<path:filename>",
 }
-"""Every route that answers without a key."""
+"""Every route that answers without a key, and changes nothing."""
+LOGIN = ("POST", "/api/v1/session")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "get")
 JOB = "0" * 32
 MODEL = "starter"
+"""The name of the model, and of a user."""
+KEY = "0123456789ab"
 # What a kind's or the engine's parameters must be together (hidden_size a multiple of the heads, n at most best_of)
 # is no matter of a schema: what fits it may still be refused.
 REFUSES_MORE = {"positive_data_acceptance": {"enabled": False}}
 # Numbers of /v1/completions may be texts, as other servers' clients send them.
 TAKES_MORE = {"negative_data_rejection": {"enabled": False}}
-ASKS_FOR_MORE = {"POST /api/v1/jobs"}
+ASKS_FOR_MORE = {"POST /api/v1/jobs", "GET /api/v1/keys/{prefix}", "DELETE /api/v1/keys/{prefix}"}
 """Where a higher role may be needed according to what is asked."""
+SESSION = "/api/v1/session"
+"""Nobody is signed in here: what it does with somebody who is stands in the tests of sessions."""
 CONFIG = {
     "seed": 1,
     "checks": {
@@ -66,7 +74,14 @@ CONFIG = {
         {"include-name": "POST /api/v1/models/{name}/deployments", "checks": REFUSES_MORE},
         # What is served may have been withdrawn.
         {"include-name": "GET /health/ready", "checks": {**REFUSES_MORE, "not_a_server_error": {"enabled": False}}},
+        # One more header is no bad request.
+        {"include-name": "GET /api/v1/jobs/{job_id}/events", "checks": TAKES_MORE},
         {"include-name": "PATCH /api/v1/models/{name}", "checks": REFUSES_MORE},
+        # Names, passwords, scopes and rates are checked by the services, which say more about them than a schema can.
+        {"include-name": "POST /api/v1/keys", "checks": REFUSES_MORE},
+        {"include-name": "POST /api/v1/users", "checks": REFUSES_MORE},
+        {"include-name": "PATCH /api/v1/users/{name}", "checks": REFUSES_MORE},
+        {"include-name": "POST /api/v1/session", "checks": REFUSES_MORE},
     ],
 }
 
@@ -95,6 +110,8 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
         deployments.set_alias(MODEL, "stable", 1)
         deployments.deploy(MODEL, "canary", serving, number=2, weight=10.0)
         services.record_evaluation(MODEL, 2, "perplexity", {"bits": 1.0}, data=None, job_id=JOB, actor="system")
+        create_user(MODEL, "a long enough password", "viewer")
+        db.session.add(ApiKey(prefix=KEY, secret_sha256="", name="some key", role="viewer"))
         job = Job(id=JOB, kind="verify", params={}, queue="cpu", state=FAILED, created_by="system", finished_at=now())
         db.session.add_all([job, JobEvent(job_id=JOB, attempt=1, event={"event": "ended", "state": FAILED})])
         db.session.commit()
@@ -114,7 +131,9 @@ def test_every_route_that_is_not_public_needs_a_key(app: APIFlask) -> None:
         for method in METHODS:
             answer = app.test_client().open(path, method=method, data=b"{}", content_type="application/json")
             told = (method, path, answer.status_code)
-            if method == "OPTIONS":
+            if (method, rule.rule) == LOGIN:
+                assert answer.status_code == 400, told
+            elif method == "OPTIONS":
                 assert (answer.status_code, answer.data) == (200, b""), told
             elif method in rule.methods:
                 assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer", told
@@ -152,14 +171,14 @@ def test_every_operation_keeps_its_word(app: APIFlask, role: str) -> None:
                 assert 403 in found and not has_success, (label, found)
             else:
                 assert 403 not in found or label in ASKS_FOR_MORE, (label, found)
-                assert has_success or role != ROLES[-1], (label, found)
+                assert has_success or role != ROLES[-1] or path == SESSION, (label, found)
 
 
 def thoroughness(role: str) -> dict[str, object]:
     """The highest role reaches everything, and tries most; the others are there for what they may not do."""
     is_highest = role == ROLES[-1]
     return {
-        "generation": {"deterministic": True, "database": "none", "max-examples": 15 if is_highest else 8},
+        "generation": {"deterministic": True, "database": "none", "max-examples": 8 if is_highest else 4},
         "phases": {"coverage": {"enabled": is_highest}},
     }
 
@@ -193,10 +212,14 @@ def run(app: APIFlask, role: str) -> tuple[list[str], dict[str, set[int]]]:
 
 def map_case(context: object, case: schemathesis.Case) -> schemathesis.Case:
     """Half of the well-formed names are those of something that is there: a name that was made up never is."""
-    for name, pattern, existing in (("job_id", JOB_ID, JOB), ("name", NAME, MODEL)):
+    known = (("job_id", JOB_ID, JOB), ("name", NAME, MODEL), ("prefix", PREFIX, KEY))
+    for name, pattern, existing in known:
         value = case.path_parameters.get(name)
         if isinstance(value, str) and pattern.fullmatch(value) and sum(value.encode()) % 2:
             case.path_parameters[name] = existing
+    if case.method == "DELETE" and case.path_parameters.get("prefix") == OWN:
+        # The key that asks would open nothing any more.
+        case.path_parameters["prefix"] = KEY
     if isinstance(case.body, dict) and case.body.get("kind") == "withdraw":
         # Nothing would be served any more, and other operations would never succeed.
         case.body["kind"] = "abort"

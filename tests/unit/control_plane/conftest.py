@@ -58,12 +58,17 @@ def app(settings, triton):
     app = create_app(settings, triton)
     with app.app_context():
         db.create_all()
-        model = Model(name="starter", created_by="test")
-        version = Version(model=model, number=3, digest="0" * 64, passed=True, created_by="test")
-        db.session.add(Alias(model=model, name=PRODUCTION, version=version))
-        db.session.commit()
+        serve("starter", 3)
     say_loaded(settings, Place("starter", 3))
     return app
+
+
+def serve(name: str, number: int) -> None:
+    """Make a version, of which there is no more than a row, production."""
+    model = Model(name=name, created_by="test")
+    version = Version(model=model, number=number, digest="0" * 64, passed=True, created_by="test")
+    db.session.add(Alias(model=model, name=PRODUCTION, version=version))
+    db.session.commit()
 
 
 def say_loaded(settings: Settings, *places: Place) -> None:

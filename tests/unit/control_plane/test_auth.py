@@ -62,7 +62,9 @@ def test_wrong_secret_and_unknown_prefix_get_the_same_answer():
 
 
 def test_expired_key_is_refused():
-    key = services.create_key("first", "admin", expires_at=now() - timedelta(seconds=1))
+    key = services.create_key("first", "admin", expires_at=now() + timedelta(seconds=60))
+    assert services.authenticate(key).name == "first"
+    _row().expires_at = now() - timedelta(seconds=1)
     with pytest.raises(Unauthorized, match="expired"):
         services.authenticate(key)
 

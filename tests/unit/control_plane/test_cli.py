@@ -32,6 +32,8 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         "verify",
         "generate",
         "keys",
+        "users",
+        "audit",
         "jobs",
         "models",
         "publish",
