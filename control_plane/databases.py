@@ -68,6 +68,11 @@ def prepare(connection: Any, _record: object) -> None:
     cursor.close()
 
 
+def reason_of(error: Exception) -> str:
+    """What the driver said, on one line and without the statement."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())
+
+
 def to_json(value: Any) -> str:
     """JSON without NaN and infinities, which SQLite stores and PostgreSQL refuses: they become null."""
     try:

@@ -17,7 +17,7 @@ from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from werkzeug.http import HTTP_STATUS_CODES
 
-from control_plane.databases import UNREACHABLE
+from control_plane.databases import UNREACHABLE, reason_of
 from control_plane.errors import ControlPlaneError, DatabaseUnavailable
 from control_plane.settings import Settings
 
@@ -133,7 +133,7 @@ def _discard_rest() -> None:
 
 def _database_error(error: Exception) -> Response:
     # Where the database is and what it said is for the log only.
-    log.warning("database_unavailable", path=request.path, reason=str(getattr(error, "orig", error)))
+    log.warning("database_unavailable", path=request.path, reason=reason_of(error))
     return render_error(DatabaseUnavailable("the database does not answer at the moment; try again"))
 
 

@@ -164,7 +164,7 @@ class Settings:
                 values[setting.name] = parse(raw)
             except ValueError as error:
                 # A URL may hold a password.
-                shown = re.sub(r"://[^/]*@", "://…@", raw)
+                shown = re.sub(r"://.*@", "://…@", raw)
                 raise SettingsError(f"{variable} has value {shown!r}; expected {error}.") from None
         return cls(**values)
 

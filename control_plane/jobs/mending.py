@@ -22,7 +22,7 @@ from celery import Celery
 from flask import Flask
 from sqlalchemy import func, select
 
-from control_plane.databases import UNREACHABLE
+from control_plane.databases import UNREACHABLE, reason_of
 from control_plane.extensions import db, now
 from control_plane.jobs.services import JOB_ID, change, wake
 from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
@@ -40,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 
 def keep_mending(app: Flask, stopping: threading.Event) -> None:
+    """Until ``stopping`` is set; whatever the database does."""
     was_away, tidied_at = False, -math.inf
     while not stopping.wait(MEND_S):
         try:
@@ -56,7 +57,7 @@ def keep_mending(app: Flask, stopping: threading.Event) -> None:
             was_away = False
         except UNREACHABLE as error:
             was_away = True
-            log.warning("mending_failed", reason=str(error))
+            log.warning("mending_failed", reason=reason_of(error))
         except Exception:
             # Whatever it was, the next look is two seconds away; a thread that ended would never look again.
             log.exception("mending_failed")

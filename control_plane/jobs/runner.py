@@ -19,8 +19,9 @@ import structlog
 from flask import Flask
 from pydantic import ValidationError
 from sqlalchemy import select, update
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
+from control_plane.databases import UNREACHABLE, reason_of
 from control_plane.errors import ControlPlaneError
 from control_plane.extensions import db, now
 from control_plane.jobs.kinds import JobKind, Step
@@ -198,8 +199,8 @@ class Runner:
             try:
                 with self._app.app_context():
                     return dict(step(self) or {})
-            except OperationalError as error:
-                log.warning("step_lost_the_database", job=self.job_id, step=self._step, reason=str(error.orig))
+            except UNREACHABLE as error:
+                log.warning("step_lost_the_database", job=self.job_id, step=self._step, reason=reason_of(error))
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > DATABASE_PATIENCE_S:
                     raise
@@ -252,8 +253,8 @@ class Runner:
             while True:
                 try:
                     return self._commit(values)
-                except OperationalError as error:
-                    log.warning("job_write_failed", job=self.job_id, reason=str(error.orig))
+                except UNREACHABLE as error:
+                    log.warning("job_write_failed", job=self.job_id, reason=reason_of(error))
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(POLL_S)

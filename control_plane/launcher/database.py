@@ -94,13 +94,13 @@ def _application(settings: Settings) -> Iterator[None]:
 @contextmanager
 def _reachable() -> Iterator[None]:
     """Raises DatabaseUnavailable for a person at a terminal."""
-    from control_plane.databases import UNREACHABLE
+    from control_plane.databases import UNREACHABLE, reason_of
     from control_plane.errors import DatabaseUnavailable
 
     try:
         yield
     except UNREACHABLE as error:
-        reason = str(getattr(error, "orig", error)).strip()
+        reason = reason_of(error)
         raise DatabaseUnavailable(
             f"the database does not answer: {reason}; start it or mend LLMOS_DATABASE_URL"
         ) from error

@@ -106,7 +106,7 @@ def _database(settings: Settings) -> Iterator[Problem]:
             how = f"Make it anew: createdb --template=template0 --encoding=UTF8 {url.database}."
             yield Problem(f"The database {url} has the encoding {encoding}; llmos needs UTF8.", how)
     except SQLAlchemyError as error:
-        reason = " ".join(str(getattr(error, "orig", error)).split())
+        reason = databases.reason_of(error)
         yield Problem(f"The database {url} does not answer: {reason}.", "Start it or mend LLMOS_DATABASE_URL.")
     finally:
         engine.dispose()

@@ -9,8 +9,10 @@ import time
 from functools import partial
 
 from control_plane import create_app, upgrade_database
+from control_plane.registry.places import Place
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.served import say_loaded, serve
 
 settings = Settings.from_environment()
 
@@ -29,3 +31,7 @@ class RecordingTriton(FakeTriton):
 
 upgrade_database(settings)
 app = create_app(settings, RecordingTriton({"starter": partial(word_by_word, pause_s=0.1), "quick": word_by_word}))
+with app.app_context():
+    serve("starter")
+    serve("quick")
+say_loaded(settings, Place("starter", 1), Place("quick", 1))

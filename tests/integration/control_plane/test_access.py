@@ -15,7 +15,7 @@ import pytest
 from control_plane.client import ApiError, ControlPlane
 from control_plane.settings import PROJECT_ROOT
 
-from .conftest import Process, wait_for
+from .processes import Process, wait_for
 
 pytestmark = pytest.mark.integration
 

@@ -19,9 +19,11 @@ from control_plane.auth.key_params import KeyParams
 from control_plane.auth.limits import FAILED_LOGINS_PER_MINUTE
 from control_plane.auth.services import make_key
 from control_plane.auth.users import create_user
+from control_plane.registry.places import Place
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.served import say_loaded, serve
 
-from .conftest import free_port
+from .processes import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -35,6 +37,9 @@ def build(settings, monkeypatch):
     monkeypatch.setattr(hashes, "MEMORY_KIB", 64)
     monkeypatch.setattr(hashes, "TIME_COST", 1)
     upgrade_database(settings)
+    with create_app(settings, FakeTriton({})).app_context():
+        serve("starter")
+    say_loaded(settings, Place("starter", 1))
     return lambda **changes: create_app(replace(settings, **changes), FakeTriton({"starter": word_by_word}))
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
 from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.extensions import db
-from control_plane.registry import serving_state
 from control_plane.registry.places import Place
-from control_plane.registry.serving_state import LOADED, ModelState, ServingState
-from control_plane.registry.tables import PRODUCTION, Alias, Model, Version
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
 from tests.contract import watched
+from tests.served import say_loaded, serve
 
 
 @pytest.fixture(autouse=True)
@@ -61,21 +58,6 @@ def app(settings, triton):
         serve("starter", 3)
     say_loaded(settings, Place("starter", 3))
     return app
-
-
-def serve(name: str, number: int) -> None:
-    """Make a version, of which there is no more than a row, production."""
-    model = Model(name=name, created_by="test")
-    version = Version(model=model, number=number, digest="0" * 64, passed=True, created_by="test")
-    db.session.add(Alias(model=model, name=PRODUCTION, version=version))
-    db.session.commit()
-
-
-def say_loaded(settings: Settings, *places: Place) -> None:
-    """What the reconciler writes when these versions are loaded, the last of them as production."""
-    states = {place: ModelState(place.version, LOADED, 0.0) for place in places}
-    models = {place.model: states[place] for place in places}
-    serving_state.write(settings, ServingState(models, True, time.time(), states))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from control_plane.auth.services import create_key
 from control_plane.registry import serving_state
 from control_plane.registry.places import Place
 from control_plane.triton_fake import word_by_word
-from tests.unit.control_plane.conftest import say_loaded
+from tests.served import say_loaded
 from triton_backend.protocol import GenerateResponse
 
 pytestmark = pytest.mark.unit

@@ -23,7 +23,7 @@ from control_plane.extensions import db, now
 from control_plane.jobs.tables import Job
 from control_plane.registry.places import Place
 from control_plane.triton_fake import word_by_word
-from tests.unit.control_plane.conftest import say_loaded, serve
+from tests.served import say_loaded, serve
 
 pytestmark = pytest.mark.unit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control_plane.errors import SettingsError
+from control_plane.extensions import now
 from control_plane.settings import Settings
 
 pytestmark = pytest.mark.unit
@@ -15,8 +16,22 @@ def test_both_databases_are_taken(url):
     assert Settings.from_environment({"LLMOS_DATABASE_URL": url}).database_url == url
 
 
-@pytest.mark.parametrize("start", ["postgres", "mysql", "postgresql+psycopg2", "nonsense", "postgresql"])
-def test_another_database_or_a_bad_port_is_refused_without_its_password(start):
+@pytest.mark.parametrize("start", ["postgres://", "mysql://", "postgresql+psycopg2://", "nonsense://"])
+@pytest.mark.parametrize("password", ["secret", "sec@ret", "sec/ret"])
+def test_another_database_is_refused_without_its_password(start, password):
     with pytest.raises(SettingsError, match="LLMOS_DATABASE_URL has value") as refused:
-        Settings.from_environment({"LLMOS_DATABASE_URL": f"{start}://me:sec@ret@host:54x/llmos"})
-    assert "://…@host:54x/llmos'; expected sqlite:///PATH or postgresql+psycopg://USER:PASSWORD" in str(refused.value)
+        Settings.from_environment({"LLMOS_DATABASE_URL": f"{start}me:{password}@host:5432/llmos"})
+    assert f"'{start}…@host:5432/llmos'; expected sqlite:///PATH or postgresql+psycopg://USER" in str(refused.value)
+
+
+def test_a_bad_port_is_refused():
+    with pytest.raises(SettingsError, match="expected sqlite:///PATH or postgresql"):
+        Settings.from_environment({"LLMOS_DATABASE_URL": "postgresql://me:secret@host:54x/llmos"})
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "36501", "1.5", "soon", "9" * 30])
+def test_days_are_whole_and_can_be_subtracted_from_today(days):
+    with pytest.raises(SettingsError, match="expected a whole number of days from 1 to 36500"):
+        Settings.from_environment({"LLMOS_RETRY_DAYS": days})
+    longest = Settings.from_environment({"LLMOS_RETRY_DAYS": "36500"})
+    assert now() - longest.retry_limit < now()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.unit.control_plane.registry.conftest import app, connect, llmos  # noqa: F401
 from tests.unit.control_plane.registry.test_services import *  # noqa: F403
 
 pytestmark = pytest.mark.integration
