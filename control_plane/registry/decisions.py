@@ -216,6 +216,9 @@ def begin(records: Records, action: Action, now: float) -> dict[Place, Record]:
     if action.verb in (Verb.LOAD, Verb.RELOAD):
         # The reason for which it is loaded again stays readable.
         record = replace(record, state=LOADING, since=now)
+    elif action.verb is Verb.UNLOAD:
+        # Wanted again meanwhile, it is not to be counted on: it goes, and is then loaded anew.
+        record = _enter(record, PENDING, now)
     return {**records, action.place: record}
 
 

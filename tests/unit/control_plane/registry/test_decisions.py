@@ -14,6 +14,7 @@ from control_plane.registry.decisions import (
     Verdict,
     begin,
     decide,
+    loaded_places,
     observe,
     pause_s,
     record,
@@ -180,6 +181,23 @@ def test_version_that_triton_loads_anew_by_itself_answers_on_and_may_get_stuck()
     assert world.verbs(100) == [] and world.chat.state == "Loaded"
     assert world.verbs(119) == []
     assert world.verbs(2) == [(Verb.RESTART_TRITON, ONE)]
+
+
+def test_version_that_is_being_unloaded_is_not_counted_on_when_it_is_wanted_again() -> None:
+    world = World({ONE: CHAT, TWO: CHAT})
+    world.index = {ONE: "READY", TWO: "READY"}
+    world.look()
+    for place in (ONE, TWO):
+        world.end(Verb.PROBE, Verdict.SUCCEEDED, place=place)
+    world.desired = {ONE: CHAT}
+    assert world.verbs() == [(Verb.UNLOAD, TWO)]
+    world.desired = {ONE: CHAT, TWO: CHAT}
+    assert world.verbs() == []
+    assert loaded_places(world.index, world.records) == {ONE}
+    assert world.records[TWO].state == "Pending"
+    world.end(Verb.UNLOAD, Verdict.SUCCEEDED, place=TWO)
+    world.index = {ONE: "READY"}
+    assert world.verbs() == [(Verb.LOAD, TWO)]
 
 
 def test_another_folder_under_the_same_number_is_another_version() -> None:
