@@ -132,6 +132,10 @@ class ControlPlane:
             time.sleep(POLL_S)
         return found
 
+    def traffic(self, name: str, minutes: int = 5) -> Document:
+        """What production and the canary met, ``recent`` and ``since_canary``."""
+        return self._ask("GET", _model_path(name, "traffic"), params={"minutes": minutes})
+
     def evaluations(self, name: str, version: int | None = None) -> list[Document]:
         """What was measured of a model's versions, newest first."""
         params = {} if version is None else {"version": version}

@@ -31,6 +31,7 @@ from control_plane.operations import EVENT_STREAM, Operation
 from control_plane.registry.routing import Router
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
+from control_plane.traffic.recorder import TrafficRecorder
 from control_plane.triton import TritonClient
 
 gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
@@ -76,7 +77,7 @@ def create_completion() -> Response:
     """Complete a prompt, or several; streamed with ``stream``."""
     body, params = parse_completion(read_body())
     is_abandoned = _hung_up(request.environ.get("gunicorn.socket"))
-    completion = Completion(_triton(), _router(), _settings(), body, params, is_abandoned)
+    completion = Completion(_triton(), _router(), _traffic(), _settings(), body, params, is_abandoned)
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
@@ -136,6 +137,10 @@ def _triton() -> TritonClient:
 
 def _router() -> Router:
     return current_app.extensions["router"]
+
+
+def _traffic() -> TrafficRecorder:
+    return current_app.extensions["traffic"]
 
 
 def _settings() -> Settings:
