@@ -45,7 +45,7 @@ PUBLIC = {
 """Every route that answers without a key."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "get")
 JOB = "0" * 32
-MODEL = "starter"
+MODEL, ADAPTER = "starter", "poet"
 # What a kind's or the engine's parameters must be together (hidden_size a multiple of the heads, n at most best_of)
 # is no matter of a schema: what fits it may still be refused.
 REFUSES_MORE = {"positive_data_acceptance": {"enabled": False}}
@@ -83,6 +83,10 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
     places = {place: ModelState(place.version, LOADED, 0.0) for place in (Place(MODEL, 1), Place(candidate, 2))}
     serving = ServingState({}, True, time.time(), places)
     serving_state.write(settings, serving)
+    adapter = settings.model_repository / MODEL / "adapters" / ADAPTER
+    adapter.mkdir(parents=True)
+    (adapter / "adapter.json").write_text(json.dumps({"rank": 4, "base": {"digest": "0" * 64}}))
+    seal(adapter, {}, {})
     with app.app_context():
         for number in (1, 2):
             folder = tmp_path / "exported" / str(number)
@@ -193,7 +197,7 @@ def run(app: APIFlask, role: str) -> tuple[list[str], dict[str, set[int]]]:
 
 def map_case(context: object, case: schemathesis.Case) -> schemathesis.Case:
     """Half of the well-formed names are those of something that is there: a name that was made up never is."""
-    for name, pattern, existing in (("job_id", JOB_ID, JOB), ("name", NAME, MODEL)):
+    for name, pattern, existing in (("job_id", JOB_ID, JOB), ("name", NAME, MODEL), ("adapter", NAME, ADAPTER)):
         value = case.path_parameters.get(name)
         if isinstance(value, str) and pattern.fullmatch(value) and sum(value.encode()) % 2:
             case.path_parameters[name] = existing
