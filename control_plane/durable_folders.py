@@ -49,6 +49,15 @@ def replace_folder(staged: Path, target: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Whole or not at all; what was there is replaced."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_bytes(content)
+    sync(staged)
+    os.rename(staged, path)
+    sync(path.parent)
+
+
 def remove_folder(folder: Path) -> None:
     """It is gone at once; its bytes follow. One that is not there is no error."""
     if folder.exists():

@@ -34,7 +34,7 @@ RANKS = (
         "settings",
         "version_facts",
     },
-    {"triton", "triton_wire", "triton_fake", "artifacts", "durable_folders", "subprocesses", "client"},
+    {"triton", "triton_wire", "triton_fake", "artifacts", "durable_folders", "signatures", "subprocesses", "client"},
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},
