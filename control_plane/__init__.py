@@ -19,7 +19,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     """Build the web application; ``triton`` replaces the client of the configured server, for tests."""
     from apiflask import APIFlask
 
-    from control_plane import auth, gateway, jobs, openapi, registry, web
+    from control_plane import auth, gateway, jobs, openapi, registry, traffic, web
     from control_plane.extensions import init_extensions
     from control_plane.job_kinds import KINDS
     from control_plane.responses import init_responses
@@ -33,6 +33,7 @@ def create_app(settings: Settings, triton: TritonClient | None = None) -> APIFla
     auth.init_app(app, settings)
     jobs.init_app(app, KINDS)
     registry.init_app(app)
+    traffic.init_app(app, settings)
     gateway.init_app(app, settings)
     web.init_app(app)
     openapi.init_app(app)

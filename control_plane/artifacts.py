@@ -1,6 +1,7 @@
 """The artifact store: sealed folders under their digest, on a disk or in an object store (any fsspec URL).
 
     <url>/<sha256 of manifest.json>/model.onnx  model.json  …  manifest.json
+          <sha256 of manifest.json>.<key>.sig    a signature of the manifest, by key (control_plane.signatures)
 
 An artifact that has a manifest is complete: on a disk the whole folder appears in one rename (durable_folders),
 elsewhere the manifest is written last and deleted first. What comes in is verified against its manifest, what goes
@@ -25,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from control_plane import durable_folders
 from control_plane.errors import ControlPlaneError, NotFound
 from control_plane.settings import Settings
+from control_plane.signatures import Signer, TrustedKeys
 from triton_backend.errors import VersionFolderError
 from triton_backend.version_folder import MANIFEST_JSON, digest, verify
 
@@ -42,27 +44,32 @@ class ArtifactError(ControlPlaneError):
 class ArtifactStore:
     """One store; may be used by many processes at once: what is whole in it never changes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, signing_key: Path | None = None) -> None:
         self._url = url
+        self._signing_key = signing_key
         filesystem, root = fsspec.core.url_to_fs(url)
         self._files: Any = filesystem
         self._root = root.rstrip("/")
         self._is_local = isinstance(filesystem, LocalFileSystem)
 
     def put(self, folder: Path) -> str:
-        """Store a sealed folder and return its digest; raises ArtifactError.
+        """Store a sealed folder, sign it with the key, if any, and return its digest.
 
-        One that is there already is kept if it is whole, and replaced if it is damaged.
+        One that is there already is kept if it is whole, and replaced if it is damaged. Raises ArtifactError,
+        SigningError.
         """
         needed_bytes = 0
         try:
             manifest = verify(folder)
             found = digest(folder)
             needed_bytes = _size(manifest)
+            signature = self._signature_of(folder, found)
             with self._only_writer():
                 if not self._is_whole(found):
                     self._remove(found)
                     self._write(folder, [*manifest["files"], MANIFEST_JSON], found)
+                for path, content in signature.items():
+                    self._write_file(path, content)
             return found
         except VersionFolderError as error:
             raise ArtifactError(error.args[0]) from error
@@ -106,6 +113,19 @@ class ArtifactStore:
         """Whether a complete artifact of this digest is there; that it is undamaged only ``get`` can say."""
         return DIGEST.fullmatch(wanted) is not None and bool(self._files.exists(self._path(wanted, MANIFEST_JSON)))
 
+    def check(self, wanted: str, trusted: TrustedKeys) -> None:
+        """Raises UntrustedArtifact unless a trusted key signed the artifact; NotFound or ArtifactError."""
+        if not self.has(wanted):
+            raise NotFound(f"artifact {wanted} is not in {self._url}")
+        try:
+            manifest = self._files.cat_file(self._path(wanted, MANIFEST_JSON))
+            signatures = [self._files.cat_file(path) for path in self._signatures(wanted)]
+        except OSError as error:
+            raise ArtifactError(f"cannot read the signatures of {wanted} in {self._url}: {error}") from error
+        if hashlib.sha256(manifest).hexdigest() != wanted:
+            raise ArtifactError(f"artifact {wanted} in {self._url} has another manifest than its name says")
+        trusted.check(wanted, manifest, signatures)
+
     def digests(self) -> list[str]:
         """Every complete artifact."""
         if not self._files.exists(self._root):
@@ -118,6 +138,25 @@ class ArtifactStore:
         if DIGEST.fullmatch(wanted) and self._files.exists(self._path(wanted)):
             with self._only_writer():
                 self._remove(wanted)
+                for path in self._signatures(wanted):
+                    self._files.rm_file(path)
+
+    def _signature_of(self, folder: Path, wanted: str) -> dict[str, bytes]:
+        """The signature by its path; nothing without a key."""
+        if self._signing_key is None:
+            return {}
+        signer = Signer(self._signing_key)
+        signature = signer.sign(wanted, (folder / MANIFEST_JSON).read_bytes())
+        return {self._path(f"{wanted}.{signer.key_id}.sig"): signature}
+
+    def _signatures(self, wanted: str) -> list[str]:
+        return sorted(self._files.glob(self._path(f"{wanted}.*.sig")))
+
+    def _write_file(self, path: str, content: bytes) -> None:
+        if self._is_local:
+            durable_folders.write_file(Path(path), content)
+        else:
+            self._files.pipe_file(path, content)
 
     def _remove(self, wanted: str) -> None:
         if self._is_local:
@@ -166,7 +205,7 @@ class ArtifactStore:
 
 
 def artifact_store(settings: Settings) -> ArtifactStore:
-    return ArtifactStore(settings.artifacts_url)
+    return ArtifactStore(settings.artifacts_url, settings.signing_key)
 
 
 def _size(manifest: dict[str, Any]) -> int:

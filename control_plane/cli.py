@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from control_plane.commands.adapters import adapters
 from control_plane.commands.audit import audit
 from control_plane.commands.deployments import abort, canary, promote, retire, rollback, withdraw
 from control_plane.commands.jobs import jobs
@@ -28,6 +29,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(users, name="users")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
+app.add_typer(adapters, name="adapters")
 for command in (publish, promote, rollback, canary, abort, withdraw, retire, audit):
     app.command()(command)
 

@@ -132,10 +132,33 @@ class ControlPlane:
             time.sleep(POLL_S)
         return found
 
+    def traffic(self, name: str, minutes: int = 5) -> Document:
+        """What production and the canary met, ``recent`` and ``since_canary``."""
+        return self._ask("GET", _model_path(name, "traffic"), params={"minutes": minutes})
+
     def evaluations(self, name: str, version: int | None = None) -> list[Document]:
         """What was measured of a model's versions, newest first."""
         params = {} if version is None else {"version": version}
         return self._pages(_model_path(name, "evaluations"), "before", "id", params)
+
+    def adapters(self, name: str) -> list[Document]:
+        """LoRA adapters by name, each with its rank, size and the version that it fits."""
+        found: list[Document] = self._ask("GET", _model_path(name, "adapters"))["data"]
+        return found
+
+    def put_adapter(
+        self, name: str, adapter: str, peft_folder: str, version: int | None = None, *, other_base: bool = False
+    ) -> Document:
+        """Install or replace an adapter from a folder on the server; gives the job that does it."""
+        body = {
+            "peft_folder": peft_folder,
+            "other_base": other_base,
+            **({} if version is None else {"version": version}),
+        }
+        return self._ask("PUT", _model_path(name, "adapters", adapter), json=body)
+
+    def delete_adapter(self, name: str, adapter: str) -> None:
+        self._ask("DELETE", _model_path(name, "adapters", adapter))
 
     def job_kinds(self) -> list[Document]:
         """Name, purpose, role, steps and JSON schema of the parameters of every kind."""

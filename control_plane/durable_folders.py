@@ -33,12 +33,29 @@ def copy_folder(source: Path, names: Sequence[str], target: Path) -> None:
 
 def publish_folder(staged: Path, target: Path) -> None:
     """Give a finished folder its name; both lie on one disk."""
-    for folder, _, files in os.walk(staged):
-        for name in files:
-            sync(Path(folder, name))
-        sync(Path(folder))
+    _sync_all(staged)
     os.rename(staged, target)
     sync(target.parent)
+
+
+def replace_folder(staged: Path, target: Path) -> None:
+    """As ``publish_folder``; a folder that has the name is gone before, for the moment between two renames."""
+    _sync_all(staged)
+    removed = target.with_name(f".{target.name}.removed")
+    if target.exists():
+        os.rename(target, removed)
+    os.rename(staged, target)
+    sync(target.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Whole or not at all; what was there is replaced."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_bytes(content)
+    sync(staged)
+    os.rename(staged, path)
+    sync(path.parent)
 
 
 def remove_folder(folder: Path) -> None:
@@ -83,3 +100,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(folder: Path) -> None:
+    for inner, _, files in os.walk(folder):
+        for name in files:
+            sync(Path(inner, name))
+        sync(Path(inner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from control_plane.jobs.kinds import JobKind
+from control_plane.registry import adapter_steps as adapter
 from control_plane.registry import steps as registry
 from control_plane.training import steps as training
 
@@ -17,6 +18,12 @@ KINDS: dict[str, JobKind] = {
         "cpu",
     ),
     "verify": JobKind("run a version's proof again", registry.VerifyParams, {"verify": registry.verify_version}, "cpu"),
+    "adapter": JobKind(
+        "make a PEFT adapter ready for a version and install it beside its model's versions",
+        adapter.AdapterParams,
+        {"choose": adapter.choose, "convert": adapter.convert, "install": adapter.install},
+        "cpu",
+    ),
     "pretrain": JobKind(
         "train a small language model from scratch",
         training.PretrainParams,

@@ -129,6 +129,18 @@ class Settings:
     api_key: str | None = _setting(
         "LLMOS_API_KEY", _optional_text, "", "API key of the llmos command; the installation's own if empty"
     )
+    signing_key: Path | None = _setting(
+        "LLMOS_SIGNING_KEY",
+        _optional_path,
+        "",
+        "private key, a PEM file, that signs what is put into the artifact store",
+    )
+    trusted_keys: Path | None = _setting(
+        "LLMOS_TRUSTED_KEYS",
+        _optional_path,
+        "",
+        "folder of public keys; only what one of them signed is installed, if set",
+    )
     starter_model: str = _setting("LLMOS_STARTER_MODEL", _name, "starter", "model that the first start makes")
     probe_interval_s: float = _setting(
         "LLMOS_PROBE_INTERVAL_S", _seconds, "2", "pause between the reconciler's one-token probes"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from control_plane.settings import Settings
+from control_plane.traffic import prometheus
 from triton_backend.metrics import METRICS
 from triton_backend.protocol import INPUTS, OUTPUTS
 from triton_backend.sampling_params import FIELDS
@@ -99,6 +100,7 @@ def test_every_tensor_is_shown(specs):
 def test_every_sampling_parameter_and_metric_is_shown():
     assert [name for name in FIELDS if f"`{name}`" not in README] == []
     assert [spec.name for spec in METRICS if f"`{spec.name}`" not in README] == []
+    assert [name for name in prometheus.METRICS if f"`{name}`" not in README] == []
 
 
 def test_the_import_table_names_the_contract_modules():

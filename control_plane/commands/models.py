@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+from control_plane.commands.traffic import traffic
 
 models = typer.Typer(help="Models and their versions.", no_args_is_help=True)
+models.command("traffic")(traffic)
 HISTORY = 20
 
 

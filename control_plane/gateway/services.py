@@ -8,12 +8,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-from control_plane.errors import ModelNotReady, NotFound
+from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound
 from control_plane.gateway.openai_format import Choice, Usage, without_tokens
 from control_plane.gateway.schemas import CompletionRequest
 from control_plane.registry.model_directory import folder_of
 from control_plane.registry.routing import Route, Router
 from control_plane.settings import Settings
+from control_plane.traffic.counts import CLIENT_GONE, OK, Observation
+from control_plane.traffic.recorder import TrafficRecorder
 from control_plane.triton import GenerateCall, TritonClient
 from triton_backend.protocol import GenerateResponse
 from triton_backend.sampling_params import SamplingParams
@@ -30,6 +32,7 @@ class Completion:
         self,
         triton: TritonClient,
         router: Router,
+        traffic: TrafficRecorder,
         settings: Settings,
         request: CompletionRequest,
         params: SamplingParams,
@@ -40,6 +43,9 @@ class Completion:
         self.route: Route | None = None
         self._triton = triton
         self._router = router
+        self._traffic = traffic
+        self._began_at = time.monotonic()
+        self._first_token_s: float | None = None
         self._settings = settings
         self._request = request
         self._is_abandoned = is_abandoned
@@ -70,7 +76,7 @@ class Completion:
 
     def _finished_or_new_choices(self, stream: bool) -> Generator[Choice, None, None]:
         """Every choice that has something new, once per response."""
-        for prompt, response in self._responses(stream and not self._request.is_prompt_only):
+        for prompt, response in self._counted(stream and not self._request.is_prompt_only):
             if self._request.is_prompt_only:
                 response = without_tokens(response)
             if self._request.needs_prompt_tokens and response.prompt_tokens:
@@ -89,6 +95,46 @@ class Completion:
             text = "".join(token.text for token in response.prompt_tokens)
         for choice in self._choices[prompt * self._n : (prompt + 1) * self._n]:
             choice.echo(text, response)
+
+    def _counted(self, stream: bool) -> Generator[tuple[int, GenerateResponse], None, None]:
+        """The responses; how they ended is told to the traffic recorder."""
+        outcome = "internal_error"
+        try:
+            for prompt, response in self._responses(stream):
+                if self._first_token_s is None:
+                    self._first_token_s = self._time_to_first_token(response, stream)
+                yield prompt, response
+            outcome = OK
+        except ControlPlaneError as error:
+            outcome = error.code
+            raise
+        except GeneratorExit:
+            outcome = CLIENT_GONE
+            raise
+        finally:
+            self._record(outcome)
+
+    def _time_to_first_token(self, response: GenerateResponse, stream: bool) -> float | None:
+        if any(output.token_ids for output in response.outputs) and stream:
+            return time.monotonic() - self._began_at
+        # A whole answer comes at the end; the engine says when its first token was there.
+        engine = response.metrics
+        return float(engine["queue_s"] + engine["prefill_s"]) if {"queue_s", "prefill_s"} <= engine.keys() else None
+
+    def _record(self, outcome: str) -> None:
+        # Without a route there was no version that could have done anything.
+        if self.route is not None:
+            tokens = self._usage.to_json()
+            seen = Observation(
+                self.route.name,
+                self.route.version,
+                outcome,
+                tokens["prompt_tokens"],
+                tokens["completion_tokens"],
+                self._first_token_s,
+                time.monotonic() - self._began_at,
+            )
+            self._traffic.record(seen)
 
     def _responses(self, stream: bool) -> Iterator[tuple[int, GenerateResponse]]:
         """Responses by the position of their prompt. A version that was unloaded just now is looked for once more."""

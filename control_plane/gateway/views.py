@@ -34,6 +34,7 @@ from control_plane.operations import EVENT_STREAM, Operation
 from control_plane.registry.routing import Router, model_name
 from control_plane.responses import error_body, read_body
 from control_plane.settings import Settings
+from control_plane.traffic.recorder import TrafficRecorder
 from control_plane.triton import TritonClient
 
 gateway = APIBlueprint("gateway", __name__, url_prefix="/v1")
@@ -83,7 +84,7 @@ def create_completion() -> Response:
     principal, limits = current_principal(), rate_limits()
     principal.require_model(model_name(body.model))
     limits.check_tokens(principal)
-    completion = Completion(_triton(), _router(), _settings(), body, params, _is_abandoned())
+    completion = Completion(_triton(), _router(), _traffic(), _settings(), body, params, _is_abandoned())
     slots = current_app.extensions["completion_slots"]
     if not slots.acquire(blocking=False):
         raise Overloaded("every web thread for completions is busy; try again, or set LLMOS_WEB_THREADS higher")
@@ -159,6 +160,10 @@ def _triton() -> TritonClient:
 
 def _router() -> Router:
     return current_app.extensions["router"]
+
+
+def _traffic() -> TrafficRecorder:
+    return current_app.extensions["traffic"]
 
 
 def _settings() -> Settings:

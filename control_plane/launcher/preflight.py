@@ -20,6 +20,7 @@ from control_plane.launcher import libpython, redis_server, triton_server
 from control_plane.launcher.processes import SHARED_MEMORY
 from control_plane.registry.model_directory import installed_models
 from control_plane.settings import Settings
+from control_plane.signatures import Signer, SigningError, TrustedKeys
 
 MIB, GIB = 1 << 20, 1 << 30
 SHARED_MEMORY_NEEDED = 64 * MIB
@@ -50,6 +51,7 @@ def find_problems(settings: Settings) -> list[Problem]:
         *_python(settings),
         *_programs(settings),
         *_database(settings),
+        *_keys(settings),
         *_ports(settings),
         *_shared_memory(),
         *_disk(settings),
@@ -123,6 +125,17 @@ def ports(settings: Settings) -> dict[str, tuple[str, int]]:
     if settings.starts_redis:
         listed["LLMOS_REDIS_PORT"] = ("127.0.0.1", settings.redis_port)
     return listed
+
+
+def _keys(settings: Settings) -> Iterator[Problem]:
+    """Of signatures; found now rather than at the end of a long export."""
+    try:
+        if settings.signing_key is not None:
+            Signer(settings.signing_key)
+        if settings.trusted_keys is not None:
+            TrustedKeys(settings.trusted_keys).keys()
+    except SigningError as error:
+        yield Problem(f"{error}.", "")
 
 
 def _ports(settings: Settings) -> Iterator[Problem]:

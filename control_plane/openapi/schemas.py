@@ -16,6 +16,7 @@ from control_plane.jobs.kinds import JobKind
 from control_plane.jobs.schemas import JobIn
 from control_plane.jobs.services import JOB_ID
 from control_plane.operations import Operation
+from control_plane.registry.adapters import ADAPTER
 from control_plane.registry.deployments import ALIAS
 from control_plane.registry.model_directory import NAME
 
@@ -25,6 +26,7 @@ COLLECTIONS: dict[str, Document] = {
     "jobs": {"type": "string", "pattern": f"^{JOB_ID.pattern}$"},
     "models": {"type": "string", "pattern": f"^{NAME.pattern}$"},
     "versions": {"type": "integer", "minimum": 1},
+    "adapters": {"type": "string", "pattern": f"^{ADAPTER.pattern}$"},
     "aliases": {"type": "string", "pattern": f"^{ALIAS.pattern}$"},
     "deployments": {"type": "integer", "minimum": 1},
     "keys": {"type": "string", "pattern": f"^({PREFIX.pattern}|{OWN})$"},

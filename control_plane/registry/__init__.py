@@ -9,8 +9,10 @@ if TYPE_CHECKING:
 
 
 def init_app(app: Flask) -> None:
+    from control_plane.registry.adapter_views import adapter_routes
     from control_plane.registry.routing import Router
     from control_plane.registry.views import models
 
     app.extensions["router"] = Router(app)
     app.register_blueprint(models)
+    app.register_blueprint(adapter_routes)

@@ -32,6 +32,7 @@ from control_plane.registry.places import Place
 from control_plane.registry.serving_state import ModelState, ServingState
 from control_plane.registry.smoke import smoke_test
 from control_plane.settings import Settings
+from control_plane.signatures import TrustedKeys
 from control_plane.triton import TritonClient
 
 TICK_S = 0.5
@@ -53,6 +54,7 @@ class Reconciler:
         self._settings: Settings = app.config["SETTINGS"]
         self._triton: TritonClient = app.extensions["triton"]
         self._store: ArtifactStore = artifact_store(self._settings)
+        self._trusted = TrustedKeys(self._settings.trusted_keys) if self._settings.trusted_keys else None
         self._pool = ThreadPoolExecutor(MAX_ACTIONS, thread_name_prefix="action")
         self._intents: Sequence[ModelIntent] = ()
         self._records: Mapping[Place, Record] = {}
@@ -177,6 +179,8 @@ class Reconciler:
         """Load a version beside ``action.keep``, and look whether it is what it should be."""
         repository = self._settings.model_repository
         folder = model_directory.folder_of(repository, place)
+        if self._trusted is not None:
+            self._store.check(action.digest, self._trusted)
         model_directory.ensure_installed(repository, self._store, place, action.digest)
         try:
             try:

@@ -121,6 +121,12 @@ def get_version(name: str, number: int) -> Version:
     return version
 
 
+def numbers_by_digest(name: str) -> dict[str, int]:
+    """Which version of a model has which digest. Raises NotFound."""
+    query = select(Version.digest, Version.number).where(Version.model_id == get_model(name).id)
+    return {found: number for found, number in db.session.execute(query)}
+
+
 def find_evaluations(name: str, number: int | None, before: int | None, limit: int) -> list[Evaluation]:
     """Of one version, or of all; newest first."""
     query = select(Evaluation).join(Version).where(Version.model_id == get_model(name).id)

@@ -24,6 +24,7 @@ from control_plane.extensions import db, now
 from control_plane.jobs.services import JOB_ID
 from control_plane.jobs.tables import FAILED, Job, JobEvent
 from control_plane.registry import deployments, services, serving_state
+from control_plane.registry.adapters import ADAPTER as ADAPTERS
 from control_plane.registry.model_directory import NAME
 from control_plane.registry.places import Place
 from control_plane.registry.serving_state import LOADED, ModelState, ServingState
@@ -49,8 +50,8 @@ PUBLIC = {
 LOGIN = ("POST", "/api/v1/session")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "get")
 JOB = "0" * 32
-MODEL = "starter"
-"""The name of the model, and of a user."""
+MODEL, ADAPTER = "starter", "poet"
+"""The name of the model, and of a user; and of an adapter of the model."""
 KEY = "0123456789ab"
 # What a kind's or the engine's parameters must be together (hidden_size a multiple of the heads, n at most best_of)
 # is no matter of a schema: what fits it may still be refused.
@@ -98,6 +99,10 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
     places = {place: ModelState(place.version, LOADED, 0.0) for place in (Place(MODEL, 1), Place(candidate, 2))}
     serving = ServingState({}, True, time.time(), places)
     serving_state.write(settings, serving)
+    adapter = settings.model_repository / MODEL / "adapters" / ADAPTER
+    adapter.mkdir(parents=True)
+    (adapter / "adapter.json").write_text(json.dumps({"rank": 4, "base": {"digest": "0" * 64}}))
+    seal(adapter, {}, {})
     with app.app_context():
         for number in (1, 2):
             folder = tmp_path / "exported" / str(number)
@@ -220,6 +225,9 @@ def map_case(context: object, case: schemathesis.Case) -> schemathesis.Case:
     if case.method == "DELETE" and case.path_parameters.get("prefix") == OWN:
         # The key that asks would open nothing any more.
         case.path_parameters["prefix"] = KEY
+    if case.path_parameters.get("name") == MODEL and ADAPTERS.fullmatch(str(case.path_parameters.get("adapter"))):
+        # Two names that are both of something that is there would be rare.
+        case.path_parameters["adapter"] = ADAPTER
     if isinstance(case.body, dict) and case.body.get("kind") == "withdraw":
         # Nothing would be served any more, and other operations would never succeed.
         case.body["kind"] = "abort"

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, Serving
 from control_plane.registry.tables import Deployment
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.unit.control_plane.test_signatures import make_key
 from triton_backend.version_folder import digest, seal
 
 pytestmark = pytest.mark.unit
@@ -215,6 +217,32 @@ def test_version_that_does_not_give_its_proven_answers_is_not_served(
     message = state_of(bad).failure_message
     assert message is not None
     assert "smoke test" in message and "[0, 1]; expected [9, 9]" in message
+
+
+def test_version_that_no_trusted_key_signed_blocks_its_deployment_and_is_not_installed(
+    app: Flask, settings: Settings, triton: RecordingTriton, publish, deploy, state_of, tmp_path: Path, request
+) -> None:
+    key = make_key(tmp_path / "private", "ours", tmp_path / "trusted")
+    signing = {"signing_key": key, "trusted_keys": tmp_path / "trusted"}
+    app.config["SETTINGS"] = replace(settings, **signing)
+    tick_until = request.getfixturevalue("tick_until")
+    tick_until(is_loaded(CHAT_1))
+    for signing_key, said in (
+        (None, "is not signed"),
+        (make_key(tmp_path / "private", "theirs"), "none of them made for it"),
+    ):
+        app.config["SETTINGS"] = replace(settings, signing_key=signing_key)
+        publish()
+        with app.app_context():
+            number = services.find_versions("chat", None, 1)[0].number
+        deployment = deploy("promote", number)
+        tick_until(lambda _, deployment=deployment: state_of(deployment).state != "InProgress")
+        blocked = state_of(deployment)
+        assert (blocked.state, blocked.failure_reason) == ("BlockedByFailedLoad", "ModelLoadFailed")
+        assert said in blocked.failure_message
+        assert not list(settings.model_repository.glob(f"*/{number}"))
+    tick_until(is_loaded(CHAT_1))
+    assert [order for order in triton.orders if order.startswith("load")] == ["load chat [1]"]
 
 
 def test_damaged_folder_is_replaced_from_the_store(tick_until: Look, triton: RecordingTriton) -> None:

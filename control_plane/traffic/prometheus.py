@@ -1,0 +1,59 @@
+"""The counts of this web process as Prometheus reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from control_plane.traffic.counts import BOUNDS_S, END, FIRST_TOKEN, Counts, buckets, outcomes
+
+LABELS = ("model", "version")
+HISTOGRAMS = {
+    FIRST_TOKEN: ("llmos_time_to_first_token_seconds", "Arrival to first token."),
+    END: ("llmos_request_seconds", "Arrival to the end of the answer."),
+}
+COUNTERS = {
+    "prompt_tokens": ("llmos_prompt_tokens", "Prompt tokens of requests that have ended."),
+    "completion_tokens": ("llmos_completion_tokens", "Generated tokens of requests that have ended."),
+}
+METRICS = (
+    "llmos_requests_total",
+    *(f"{name}_total" for name, _ in COUNTERS.values()),
+    *(name for name, _ in HISTOGRAMS.values()),
+)
+"""Names as Prometheus stores them."""
+
+
+class _Totals(Collector):
+    def __init__(self, totals: Mapping[tuple[str, int], Counts]) -> None:
+        self._totals = {(model, str(version)): counts for (model, version), counts in totals.items()}
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("llmos_requests", "Requests that have ended.", labels=(*LABELS, "outcome"))
+        for version, counts in self._totals.items():
+            for outcome, number in outcomes(counts).items():
+                requests.add_metric((*version, outcome), number)
+        yield requests
+        for field, (name, text) in COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            for version, counts in self._totals.items():
+                counter.add_metric(version, counts.get(field, 0))
+            yield counter
+        for field, (name, text) in HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(name, text, labels=LABELS)
+            for version, counts in self._totals.items():
+                bounds = [*map(str, BOUNDS_S), "+Inf"]
+                cumulated = list(zip(bounds, accumulate(buckets(counts, field)), strict=True))
+                histogram.add_metric(version, cumulated, counts.get(f"{field}.us", 0) / 1e6)
+            yield histogram
+
+
+def render(totals: Mapping[tuple[str, int], Counts]) -> str:
+    registry = CollectorRegistry()
+    registry.register(_Totals(totals))
+    return generate_latest(registry).decode()
