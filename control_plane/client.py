@@ -137,6 +137,21 @@ class ControlPlane:
         params = {} if version is None else {"version": version}
         return self._pages(_model_path(name, "evaluations"), "before", "id", params)
 
+    def evaluate(
+        self,
+        name: str,
+        version: int | str | None = None,
+        *,
+        suite: str,
+        data: str | list[str] | None = None,
+        limit: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Document:
+        """Submit the job that measures a version: a number, an alias, or None for the newest."""
+        given = {"name": name, "version": version, "suite": suite, "data": data, "limit": limit}
+        params = {key: value for key, value in given.items() if value is not None}
+        return self.submit_job("evaluate", params, idempotency_key=idempotency_key)
+
     def job_kinds(self) -> list[Document]:
         """Name, purpose, role, steps and JSON schema of the parameters of every kind."""
         found: list[Document] = self._ask("GET", "/api/v1/job-kinds")["data"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from control_plane.evaluation import steps as evaluation
 from control_plane.jobs.kinds import JobKind
 from control_plane.registry import steps as registry
 from control_plane.training import steps as training
@@ -17,6 +18,12 @@ KINDS: dict[str, JobKind] = {
         "cpu",
     ),
     "verify": JobKind("run a version's proof again", registry.VerifyParams, {"verify": registry.verify_version}, "cpu"),
+    "evaluate": JobKind(
+        "measure a version with a suite and record its metrics",
+        evaluation.EvaluateParams,
+        {"find": evaluation.find, "evaluate": evaluation.evaluate, "record": evaluation.record},
+        "cpu",
+    ),
     "pretrain": JobKind(
         "train a small language model from scratch",
         training.PretrainParams,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+
+if TYPE_CHECKING:
+    from control_plane.client import ControlPlane
 
 models = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 HISTORY = 20
@@ -118,16 +122,33 @@ def publish(
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
 ) -> None:
     """Export a checkpoint, prove it, store it, and register it as the next version of a model."""
-    import os
-
     source = os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
     with connected() as llmos:
         params = {"checkpoint": source, "name": name, "precision": precision}
-        job = llmos.submit_job("publish", params, idempotency_key=key)
-        if not wait:
-            typer.echo(job["id"])
-            return
+        _show_job(llmos, llmos.submit_job("publish", params, idempotency_key=key), wait)
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    suite: Annotated[str, typer.Option(help="perplexity, exact-match, certificate or lm-eval.")],
+    version: Annotated[str | None, typer.Argument(help="A version's number or alias; the newest if left out.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="What is read; lm-eval: a task file, may repeat.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read no more tokens, pairs or documents.")] = None,
+    key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
+    wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+) -> None:
+    """Measure a version and record its metrics, for people and for thresholds."""
+    with connected() as llmos:
+        files = [os.path.abspath(path) for path in data or ()]
+        job = llmos.evaluate(name, version, suite=suite, data=files or None, limit=limit, idempotency_key=key)
+        _show_job(llmos, job, wait)
+
+
+def _show_job(llmos: ControlPlane, job: dict[str, Any], wait: bool) -> None:
+    if wait:
         follow(llmos, job["id"])
+    else:
+        typer.echo(job["id"])
 
 
 def _version_cells(version: dict[str, Any] | None) -> list[str]:
