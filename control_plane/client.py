@@ -137,6 +137,31 @@ class ControlPlane:
         params = {} if version is None else {"version": version}
         return self._pages(_model_path(name, "evaluations"), "before", "id", params)
 
+    def import_checkpoint(self, source: str, name: str, *, idempotency_key: str | None = None) -> Document:
+        """Submit the job that makes a folder or a Hub model a checkpoint of this installation."""
+        return self.submit_job("import", {"source": source, "name": name}, idempotency_key=idempotency_key)
+
+    def publish(
+        self,
+        checkpoint: str,
+        name: str,
+        *,
+        evaluate: Mapping[str, str | None] | None = None,
+        deploy: str = "none",
+        weight: float | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Document:
+        """Submit the job that makes a checkpoint the next version of a model.
+
+        ``evaluate`` maps suites to the file that each reads; ``deploy`` is none, canary (with ``weight``) or promote;
+        ``options`` are the other parameters of the kind ``export``.
+        """
+        given = {"evaluate": evaluate, "weight": weight, **options}
+        params = {"checkpoint": checkpoint, "name": name, "deploy": deploy}
+        params |= {key: value for key, value in given.items() if value is not None}
+        return self.submit_job("publish", params, idempotency_key=idempotency_key)
+
     def evaluate(
         self,
         name: str,

@@ -10,16 +10,18 @@ from pydantic import Field, model_validator
 
 from control_plane.artifacts import artifact_store
 from control_plane.errors import Conflict, ControlPlaneError, ModelNotReady, Unauthorized
+from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import serving_state
 from control_plane.registry.model_directory import installed_folder
-from control_plane.registry.services import record_evaluation, resolve_version
+from control_plane.registry.params import ModelName, Text
+from control_plane.registry.services import record_evaluation, recorded_evaluation, resolve_version
 from control_plane.registry.serving_state import LOADED
-from control_plane.registry.steps import ModelName, Text
+from control_plane.registry.steps import CERTIFICATE, PublishParams, built_folder
 from control_plane.secrets import local_api_key
 from control_plane.subprocesses import ChildEvent
 
-LM_EVAL, CERTIFICATE = "lm-eval", "certificate"
+LM_EVAL = "lm-eval"
 MAX_FILES = 100
 API_KEY = "LLMOS_API_KEY"
 SHOWN_DIGITS = 12
@@ -81,6 +83,18 @@ def record(run: JobRun) -> Mapping[str, Any]:
         actor=run.actor,
     )
     return {"evaluation": evaluation.id}
+
+
+def evaluate_published(run: JobRun) -> Mapping[str, Any]:
+    """Publish: measure what was built with every suite that was asked for, and record each before the next."""
+    params: PublishParams = run.params
+    for suite, path in params.evaluate.items():
+        if recorded_evaluation(run.job_id, suite) is None:
+            db.session.rollback()
+            measured = measure(run, built_folder(run), suite, [] if path is None else [path])
+            number, metrics, data = run.results["register"]["version"], measured["metrics"], measured["data"]
+            record_evaluation(params.name, number, suite, metrics, data=data, job_id=run.job_id, actor=run.actor)
+    return {}
 
 
 def measure(run: JobRun, folder: Path, suite: str, files: list[str], limit: int | None = None) -> dict[str, Any]:

@@ -48,6 +48,9 @@ class JobRun(Protocol):
         Raises ChildFailed, or, if the job was cancelled or given to another worker, what ends the run.
         """
 
+    def pause(self, seconds: float) -> None:
+        """Wait for something that is done elsewhere; raises what ends the run, if something does."""
+
 
 Step = Callable[[JobRun], Mapping[str, Any] | None]
 

@@ -168,6 +168,10 @@ class Runner:
         finally:
             self._child = None
 
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._check()
+
     def _check(self) -> None:
         if self._stopped is not None:
             raise self._stopped

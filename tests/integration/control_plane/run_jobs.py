@@ -28,8 +28,9 @@ class JobRuns:
         """Run a job once more, as after a retry; with ``steps`` as if its worker had been killed behind those."""
         with self._app.app_context():
             known = job.steps if steps is None else steps
-            query = sqlalchemy.update(Job).where(Job.id == job.id)
-            db.session.execute(query.values(state=QUEUED, steps=dict(known), error=None, finished_at=None))
+            fresh = {"error": None, "finished_at": None, "cancel_requested_at": None}
+            again = sqlalchemy.update(Job).where(Job.id == job.id).values(state=QUEUED, steps=dict(known), **fresh)
+            db.session.execute(again)
             db.session.commit()
             return self._run(job.id)
 

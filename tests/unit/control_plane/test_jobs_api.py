@@ -98,7 +98,7 @@ def test_cancel_and_retry_need_an_operator(connect, llmos):
 
 def test_kinds_show_their_parameters_as_a_schema(llmos):
     kinds = {kind["name"]: kind for kind in llmos.job_kinds()}
-    assert sorted(kinds) == ["evaluate", "export", "pretrain", "publish", "verify"]
+    assert sorted(kinds) == ["evaluate", "export", "import", "pretrain", "publish", "verify"]
     assert kinds["export"]["params"]["required"] == ["checkpoint", "name"]
     assert kinds["pretrain"]["params"]["properties"]["max_steps"]["default"] == 320
 
@@ -146,6 +146,25 @@ def test_an_evaluation_needs_what_its_suite_reads(llmos, params, words):
     with pytest.raises(ApiError, match=words) as refused:
         llmos.submit_job("evaluate", {"name": "chat", **params})
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"deploy": "canary"}, "weight is the canary's percentage"),
+        ({"deploy": "promote", "weight": 20.0}, "weight is the canary's percentage"),
+        ({"deploy": "canary", "weight": 101.0}, "params.weight has value 101.0"),
+        ({"deploy": "rollback"}, "params.deploy has value 'rollback'"),
+        ({"evaluate": {"perplexity": None}}, "evaluate.perplexity has value None"),
+        ({"evaluate": {"certificate": "/a"}}, "evaluate.certificate has value '/a'"),
+        ({"evaluate": {"lm-eval": "/a"}}, "params.evaluate.lm-eval"),
+    ],
+)
+def test_a_publication_is_complete_before_it_begins(llmos, params, words):
+    with pytest.raises(ApiError, match=words) as refused:
+        llmos.publish("/models/tiny", "chat", **params)
+    assert refused.value.status == 400
+    assert llmos.publish("/models/tiny", "chat", precision="int8", deploy="canary", weight=0)["state"] == "QUEUED"
 
 
 @pytest.mark.parametrize(
