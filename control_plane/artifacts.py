@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from triton_backend.version_folder import MANIFEST_JSON, digest, verify
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIB = 1 << 20
+VERSION, DAMAGED = "version", "damaged"
 
 
 class ArtifactError(ControlPlaneError):
@@ -37,6 +39,15 @@ class ArtifactError(ControlPlaneError):
 
     status = 500
     code = "artifact_error"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """``kind`` is ``version`` or ``checkpoint``, or ``damaged`` if its manifest cannot be read."""
+
+    digest: str
+    kind: str
+    size_bytes: int
 
 
 class ArtifactStore:
@@ -113,11 +124,29 @@ class ArtifactStore:
         names = (path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False))
         return sorted(name for name in names if self.has(name))
 
-    def delete(self, wanted: str) -> None:
-        """Forget an artifact; one that is not there is no error."""
-        if DIGEST.fullmatch(wanted) and self._files.exists(self._path(wanted)):
-            with self._only_writer():
-                self._remove(wanted)
+    def describe(self, wanted: str) -> Artifact:
+        """What an artifact's manifest says of it; raises NotFound."""
+        try:
+            manifest = json.loads(self._files.cat_file(self._path(wanted, MANIFEST_JSON)))
+            return Artifact(wanted, str(manifest["source"].get("kind", VERSION)), _size(manifest))
+        except FileNotFoundError:
+            raise NotFound(f"artifact {wanted} is not in {self._url}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            files = self._files.find(self._path(wanted), detail=True).values()
+            return Artifact(wanted, DAMAGED, sum(file["size"] for file in files))
+
+    def delete(self, wanted: str, is_needed: Callable[[str], bool] = lambda digest: False) -> bool:
+        """Forget an artifact; one that is not there is no error. Returns whether it is gone.
+
+        On a disk nobody stores it between the last question ``is_needed`` and its end.
+        """
+        if not DIGEST.fullmatch(wanted) or not self._files.exists(self._path(wanted)):
+            return True
+        with self._only_writer():
+            if is_needed(wanted):
+                return False
+            self._remove(wanted)
+            return True
 
     def _remove(self, wanted: str) -> None:
         if self._is_local:

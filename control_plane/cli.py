@@ -17,6 +17,7 @@ import typer
 from control_plane.commands.deployments import abort, canary, promote, retire, rollback, withdraw
 from control_plane.commands.jobs import jobs
 from control_plane.commands.models import evaluate, import_checkpoint, models, publish
+from control_plane.commands.storage import artifacts, gc
 from control_plane.errors import BadRequest, ControlPlaneError, NotFound
 from control_plane.settings import Settings
 
@@ -26,7 +27,7 @@ app.add_typer(keys, name="keys")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
 app.command("import")(import_checkpoint)
-for command in (publish, evaluate, promote, rollback, canary, abort, withdraw, retire):
+for command in (publish, evaluate, promote, rollback, canary, abort, withdraw, retire, artifacts, gc):
     app.command()(command)
 
 

@@ -137,6 +137,14 @@ class ControlPlane:
         params = {} if version is None else {"version": version}
         return self._pages(_model_path(name, "evaluations"), "before", "id", params)
 
+    def artifacts(self) -> list[Document]:
+        """Everything in the artifact store, by digest, with who needs it."""
+        return self._pages("/api/v1/artifacts", "after", "digest", {})
+
+    def collect_garbage(self, dry_run: bool = False) -> Document:
+        """Submit the job that removes what nobody needs; with ``dry_run`` it only says what that is."""
+        return self.submit_job("garbage-collect", {"dry_run": dry_run})
+
     def import_checkpoint(self, source: str, name: str, *, idempotency_key: str | None = None) -> Document:
         """Submit the job that makes a folder or a Hub model a checkpoint of this installation."""
         return self.submit_job("import", {"source": source, "name": name}, idempotency_key=idempotency_key)

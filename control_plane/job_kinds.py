@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from control_plane.evaluation import steps as evaluation
 from control_plane.jobs.kinds import JobKind
-from control_plane.registry import checkpoints
+from control_plane.registry import checkpoints, garbage
 from control_plane.registry import steps as registry
 from control_plane.training import steps as training
 
@@ -35,7 +35,11 @@ KINDS: dict[str, JobKind] = {
         "fetch a checkpoint from a folder or the Hub, check it, store it and give it a name",
         checkpoints.ImportParams,
         {"fetch": checkpoints.fetch, "store": checkpoints.store, "install": checkpoints.install},
-        "default",
+    ),
+    "garbage-collect": JobKind(
+        "remove artifacts, installed versions, exports and leftovers that nobody needs",
+        garbage.CollectParams,
+        {"collect": garbage.collect},
     ),
     "pretrain": JobKind(
         "train a small language model from scratch",

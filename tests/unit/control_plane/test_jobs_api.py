@@ -98,7 +98,7 @@ def test_cancel_and_retry_need_an_operator(connect, llmos):
 
 def test_kinds_show_their_parameters_as_a_schema(llmos):
     kinds = {kind["name"]: kind for kind in llmos.job_kinds()}
-    assert sorted(kinds) == ["evaluate", "export", "import", "pretrain", "publish", "verify"]
+    assert sorted(kinds) == ["evaluate", "export", "garbage-collect", "import", "pretrain", "publish", "verify"]
     assert kinds["export"]["params"]["required"] == ["checkpoint", "name"]
     assert kinds["pretrain"]["params"]["properties"]["max_steps"]["default"] == 320
 
