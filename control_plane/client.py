@@ -137,6 +137,10 @@ class ControlPlane:
         params = {} if version is None else {"version": version}
         return self._pages(_model_path(name, "evaluations"), "before", "id", params)
 
+    def system(self) -> Document:
+        """Processes, workers, Triton, database, Redis, disks and memory."""
+        return self._ask("GET", "/api/v1/system")
+
     def artifacts(self) -> list[Document]:
         """Everything in the artifact store, by digest, with who needs it."""
         return self._pages("/api/v1/artifacts", "after", "digest", {})
