@@ -118,11 +118,14 @@ class ArtifactStore:
         return DIGEST.fullmatch(wanted) is not None and bool(self._files.exists(self._path(wanted, MANIFEST_JSON)))
 
     def digests(self) -> list[str]:
-        """Every complete artifact."""
-        if not self._files.exists(self._root):
-            return []
-        names = (path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False))
-        return sorted(name for name in names if self.has(name))
+        """Every complete artifact; raises ArtifactError if the store cannot be read."""
+        try:
+            if not self._files.exists(self._root):
+                return []
+            names = (path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False))
+            return sorted(name for name in names if self.has(name))
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self._url}: {error}") from error
 
     def describe(self, wanted: str) -> Artifact:
         """What an artifact's manifest says of it; raises NotFound."""

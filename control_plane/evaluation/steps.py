@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -147,7 +148,9 @@ def _measured(finished: ChildEvent | None, limit: int | None) -> dict[str, Any]:
     if finished is None:
         raise ControlPlaneError("the evaluation ended without saying what it found")
     found = finished.fields
-    metrics = {name: float(value) for name, value in found["metrics"].items() if value is not None}
+    numbers = {name: float(value) for name, value in found["metrics"].items() if value is not None}
+    # JSON has no NaN, which lm-eval gives as the error of a single document.
+    metrics = {name: value for name, value in numbers.items() if math.isfinite(value)}
     return {"metrics": metrics, "counts": found["counts"], "data": _data(found["data"], limit)}
 
 

@@ -10,6 +10,7 @@ Everything is looked at once more just before it goes. What this installation do
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import time
@@ -25,7 +26,7 @@ from sqlalchemy import select
 
 from control_plane.artifacts import ArtifactStore, artifact_store
 from control_plane.auth import audit
-from control_plane.errors import TritonUnavailable
+from control_plane.errors import NotFound, TritonUnavailable
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.jobs.services import JOB_ID
@@ -92,7 +93,8 @@ class Collector:
         users = needs.users_of_artifacts(self._settings)
         for digest in self._store.digests():
             if digest not in users:
-                yield Garbage(ARTIFACT, digest, self._store.describe(digest).size_bytes)
+                with contextlib.suppress(NotFound):  # Somebody else removed it meanwhile.
+                    yield Garbage(ARTIFACT, digest, self._store.describe(digest).size_bytes)
 
     def _is_needed(self, digest: str) -> bool:
         db.session.rollback()

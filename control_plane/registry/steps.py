@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from control_plane.artifacts import artifact_store
-from control_plane.errors import Conflict, ControlPlaneError
+from control_plane.errors import BadRequest, Conflict, ControlPlaneError
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import checkpoints, deployments, services, serving_state
@@ -78,6 +78,9 @@ def export(run: JobRun) -> Mapping[str, Any]:
 
 def build(run: JobRun) -> Mapping[str, Any]:
     """Publish: export into the job's own folder, which ends with the job."""
+    missing = [path for path in run.params.evaluate.values() if path is not None and not Path(path).is_file()]
+    if missing:
+        raise BadRequest(f"evaluate names {missing[0]!r}, which is no file on this machine; nothing was exported")
     return {name: value for name, value in _export(run, built_folder(run)).items() if name != "folder"}
 
 

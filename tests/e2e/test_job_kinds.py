@@ -74,3 +74,12 @@ def test_garbage_goes_and_what_is_served_stays(stack: Stack, llmos: ControlPlane
         assert artifact_store(stack.settings).has(llmos.version("oneshot", 1)["digest"])
     assert (stack.settings.model_repository / stack.model / "1").is_dir()
     stack.wait_loaded()
+
+
+def test_the_system_says_who_runs_and_which_queues_they_consume(stack: Stack, llmos: ControlPlane):
+    shown = stack.llmos("system")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "worker-heavy RUNNING" in shown.stdout and f"{stack.model}/1" in shown.stdout
+    found = llmos.system()
+    assert {queue for worker in found["workers"]["workers"] for queue in worker["queues"]} == {"default", "cpu", "gpu"}
+    assert all(process["state"] == "RUNNING" and process["pid"] for process in found["supervisor"]["processes"])

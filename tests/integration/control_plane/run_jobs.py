@@ -40,7 +40,7 @@ class JobRuns:
         assert runner.run_next(self._app, queue) == job_id
         job = services.get(job_id)
         db.session.refresh(job)
-        assert job.state not in (QUEUED, RUNNING)
+        assert job.state != RUNNING
         db.session.expunge(job)
         return job
 

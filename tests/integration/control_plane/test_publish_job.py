@@ -17,8 +17,9 @@ from flask import Flask
 
 from control_plane import create_app, upgrade_database
 from control_plane.extensions import db
+from control_plane.jobs import runner
 from control_plane.jobs import services as job_services
-from control_plane.jobs.tables import CANCELLED, RUNNING, SUCCEEDED, Job
+from control_plane.jobs.tables import CANCELLED, QUEUED, RUNNING, SUCCEEDED, Job
 from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.places import Place
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
@@ -148,3 +149,25 @@ def test_a_cancelled_job_stops_waiting_and_leaves_its_deployment(app: Flask, pub
     with Reconciler(app, LOADED):
         assert JobRuns(app).again(job).state == SUCCEEDED
     assert len(deployments_of(app)) == 1
+
+
+def test_a_worker_that_is_stopped_while_it_waits_gives_the_job_back_and_the_deployment_is_kept(app: Flask, publish):
+    def stop() -> None:
+        with app.app_context():
+            wait_for(lambda: deployments_of(app), 20, "a deployment")
+        runner.stopping(app).set()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    job = publish(deploy="promote")
+    thread.join()
+    assert job.state == QUEUED
+    runner.stopping(app).clear()
+    with Reconciler(app, LOADED):
+        assert JobRuns(app).again(job).state == SUCCEEDED
+    assert deployments_of(app) == [("promote", UP_TO_DATE, "key:tester")]
+
+
+def test_data_that_is_missing_is_said_before_anything_is_exported(app: Flask):
+    job = JobRuns(app).run("publish", checkpoint="none", name="chat", evaluate={"perplexity": "/nonexistent"})
+    assert "'/nonexistent', which is no file" in reason(job)

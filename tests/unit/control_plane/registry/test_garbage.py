@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
@@ -154,6 +154,18 @@ def needed_digests(registry: dict[str, Any], artifacts: Sealed) -> set[int]:
     return needed
 
 
+EMPTY = {"versions": {}, "aliases": {}, "deployed": set(), "jobs": [], "checkpoints": set()}
+RETIRED_WHILE_DEPLOYED = {
+    **EMPTY,
+    "versions": {("chat", 1): {"salt": 0, "retired": OLD, "warm": False}},
+    "deployed": {("chat", 1)},
+    "stored": {0, 1},
+    "installed": {("chat.canary", 1)},
+    "loaded": set(),
+}
+
+
+@example(registry=RETIRED_WHILE_DEPLOYED)
 @limits(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(registry=registries)
 def test_what_somebody_needs_stays_and_everything_else_goes(registry, app, settings, triton, artifacts):
