@@ -15,8 +15,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from triton_backend.version_folder import MANIFEST_JSON, digest, verify
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MIB = 1 << 20
+VERSION, DAMAGED = "version", "damaged"
 
 
 class ArtifactError(ControlPlaneError):
@@ -39,6 +41,15 @@ class ArtifactError(ControlPlaneError):
 
     status = 500
     code = "artifact_error"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """``kind`` is ``version`` or ``checkpoint``, or ``damaged`` if its manifest cannot be read."""
+
+    digest: str
+    kind: str
+    size_bytes: int
 
 
 class ArtifactStore:
@@ -127,19 +138,40 @@ class ArtifactStore:
         trusted.check(wanted, manifest, signatures)
 
     def digests(self) -> list[str]:
-        """Every complete artifact."""
-        if not self._files.exists(self._root):
-            return []
-        names = (path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False))
-        return sorted(name for name in names if self.has(name))
+        """Every complete artifact; raises ArtifactError if the store cannot be read."""
+        try:
+            if not self._files.exists(self._root):
+                return []
+            names = (path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False))
+            return sorted(name for name in names if self.has(name))
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self._url}: {error}") from error
 
-    def delete(self, wanted: str) -> None:
-        """Forget an artifact; one that is not there is no error."""
-        if DIGEST.fullmatch(wanted) and self._files.exists(self._path(wanted)):
-            with self._only_writer():
-                self._remove(wanted)
-                for path in self._signatures(wanted):
-                    self._files.rm_file(path)
+    def describe(self, wanted: str) -> Artifact:
+        """What an artifact's manifest says of it; raises NotFound."""
+        try:
+            manifest = json.loads(self._files.cat_file(self._path(wanted, MANIFEST_JSON)))
+            return Artifact(wanted, str(manifest["source"].get("kind", VERSION)), _size(manifest))
+        except FileNotFoundError:
+            raise NotFound(f"artifact {wanted} is not in {self._url}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            files = self._files.find(self._path(wanted), detail=True).values()
+            return Artifact(wanted, DAMAGED, sum(file["size"] for file in files))
+
+    def delete(self, wanted: str, is_needed: Callable[[str], bool] = lambda digest: False) -> bool:
+        """Forget an artifact; one that is not there is no error. Returns whether it is gone.
+
+        On a disk nobody stores it between the last question ``is_needed`` and its end.
+        """
+        if not DIGEST.fullmatch(wanted) or not self._files.exists(self._path(wanted)):
+            return True
+        with self._only_writer():
+            if is_needed(wanted):
+                return False
+            self._remove(wanted)
+            for path in self._signatures(wanted):
+                self._files.rm_file(path)
+            return True
 
     def _signature_of(self, folder: Path, wanted: str) -> dict[str, bytes]:
         """The signature by its path; nothing without a key."""

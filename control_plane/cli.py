@@ -19,7 +19,9 @@ from control_plane.commands.audit import audit
 from control_plane.commands.deployments import abort, canary, promote, retire, rollback, withdraw
 from control_plane.commands.jobs import jobs
 from control_plane.commands.keys import keys
-from control_plane.commands.models import models, publish
+from control_plane.commands.models import evaluate, import_checkpoint, models, publish
+from control_plane.commands.storage import artifacts, gc
+from control_plane.commands.system import system
 from control_plane.commands.users import users
 from control_plane.errors import BadRequest, ControlPlaneError, NotFound
 from control_plane.settings import Settings
@@ -30,7 +32,8 @@ app.add_typer(users, name="users")
 app.add_typer(jobs, name="jobs")
 app.add_typer(models, name="models")
 app.add_typer(adapters, name="adapters")
-for command in (publish, promote, rollback, canary, abort, withdraw, retire, audit):
+app.command("import")(import_checkpoint)
+for command in (publish, evaluate, promote, rollback, canary, abort, withdraw, retire, artifacts, gc, system, audit):
     app.command()(command)
 
 
@@ -57,8 +60,8 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
     """Processes, models and addresses; exit code 0 if all is well, else 1."""
     from control_plane.launcher import report
     from control_plane.launcher.console import Screen
-    from control_plane.launcher.supervisor import SupervisorClient
     from control_plane.registry import serving_state
+    from control_plane.supervision import SupervisorClient
 
     settings, screen = Settings.from_environment(), Screen()
     processes, serving = SupervisorClient(settings).processes(), serving_state.read(settings)

@@ -160,6 +160,58 @@ class ControlPlane:
     def delete_adapter(self, name: str, adapter: str) -> None:
         self._ask("DELETE", _model_path(name, "adapters", adapter))
 
+    def system(self) -> Document:
+        """Processes, workers, Triton, database, Redis, disks and memory."""
+        return self._ask("GET", "/api/v1/system")
+
+    def artifacts(self) -> list[Document]:
+        """Everything in the artifact store, by digest, with who needs it."""
+        return self._pages("/api/v1/artifacts", "after", "digest", {})
+
+    def collect_garbage(self, dry_run: bool = False) -> Document:
+        """Submit the job that removes what nobody needs; with ``dry_run`` it only says what that is."""
+        return self.submit_job("garbage-collect", {"dry_run": dry_run})
+
+    def import_checkpoint(self, source: str, name: str, *, idempotency_key: str | None = None) -> Document:
+        """Submit the job that makes a folder or a Hub model a checkpoint of this installation."""
+        return self.submit_job("import", {"source": source, "name": name}, idempotency_key=idempotency_key)
+
+    def publish(
+        self,
+        checkpoint: str,
+        name: str,
+        *,
+        evaluate: Mapping[str, str | None] | None = None,
+        deploy: str = "none",
+        weight: float | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> Document:
+        """Submit the job that makes a checkpoint the next version of a model.
+
+        ``evaluate`` maps suites to the file that each reads; ``deploy`` is none, canary (with ``weight``) or promote;
+        ``options`` are the other parameters of the kind ``export``.
+        """
+        given = {"evaluate": evaluate, "weight": weight, **options}
+        params = {"checkpoint": checkpoint, "name": name, "deploy": deploy}
+        params |= {key: value for key, value in given.items() if value is not None}
+        return self.submit_job("publish", params, idempotency_key=idempotency_key)
+
+    def evaluate(
+        self,
+        name: str,
+        version: int | str | None = None,
+        *,
+        suite: str,
+        data: str | list[str] | None = None,
+        limit: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Document:
+        """Submit the job that measures a version: a number, an alias, or None for the newest."""
+        given = {"name": name, "version": version, "suite": suite, "data": data, "limit": limit}
+        params = {key: value for key, value in given.items() if value is not None}
+        return self.submit_job("evaluate", params, idempotency_key=idempotency_key)
+
     def job_kinds(self) -> list[Document]:
         """Name, purpose, role, steps and JSON schema of the parameters of every kind."""
         found: list[Document] = self._ask("GET", "/api/v1/job-kinds")["data"]

@@ -125,6 +125,9 @@ class Settings:
     retry_days: int = _setting(
         "LLMOS_RETRY_DAYS", _days, "7", "how long a failed or cancelled job can be run again; then its files go"
     )
+    garbage_days: int = _setting(
+        "LLMOS_GARBAGE_DAYS", _days, "30", "how long llmos gc spares old exports, and the artifacts of retired versions"
+    )
     web_threads: int = _setting("LLMOS_WEB_THREADS", _count, "64", "requests that the web server handles at once")
     api_key: str | None = _setting(
         "LLMOS_API_KEY", _optional_text, "", "API key of the llmos command; the installation's own if empty"

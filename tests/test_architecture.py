@@ -38,7 +38,7 @@ RANKS = (
     {"auth"},
     {"jobs"},
     {"datasets", "registry"},
-    {"training", "traffic"},
+    {"training", "traffic", "supervision"},
     {"evaluation"},
     {"gateway", "web", "openapi", "job_kinds"},
     {"__init__"},

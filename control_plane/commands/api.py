@@ -47,8 +47,8 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
-    """Show a job's events until it has ended.
+def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> dict[str, Any]:
+    """Show a job's events until it has ended, and return it.
 
     Exit code 1 unless it succeeded, or when Ctrl-C leaves it running; 3 if it succeeded and found a proof that fails.
     """
@@ -69,7 +69,9 @@ def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> None:
     except KeyboardInterrupt:
         screen.line(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}")
         raise typer.Exit(1) from None
-    print_table(["result", ""], [[name, str(value)] for name, value in (job["result"] or {}).items()])
+    result = (job["result"] or {}).items()
+    print_table(["result", ""], [[name, str(value)] for name, value in result if not isinstance(value, list)])
     if (job["result"] or {}).get("passed") is False:
         typer.echo("llmos: the proof failed: the version is not equal to its checkpoint", err=True)
         raise typer.Exit(3)
+    return job

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
 from control_plane.commands.traffic import traffic
+from control_plane.errors import BadRequest
+
+if TYPE_CHECKING:
+    from control_plane.client import ControlPlane
 
 models = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 models.command("traffic")(traffic)
@@ -112,24 +117,75 @@ def evaluations(
     print_table(["version", "suite", "metric", "value", "when"], rows)
 
 
-def publish(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or the id of a Hub model.")],
-    name: Annotated[str, typer.Argument(help="The model whose next version it becomes.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+def import_checkpoint(
+    source: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="A checkpoint folder, or the id of a Hub model.")],
+    name: Annotated[str, typer.Argument(help="What it is called here.")],
     key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
 ) -> None:
-    """Export a checkpoint, prove it, store it, and register it as the next version of a model."""
-    import os
-
-    source = os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
+    """Check a checkpoint, store it, and give it a name that llmos publish takes."""
     with connected() as llmos:
-        params = {"checkpoint": source, "name": name, "precision": precision}
-        job = llmos.submit_job("publish", params, idempotency_key=key)
-        if not wait:
-            typer.echo(job["id"])
-            return
+        _show_job(llmos, llmos.import_checkpoint(_path_or_id(source), name, idempotency_key=key), wait)
+
+
+def publish(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, its name here, or its id on the Hub.")],
+    name: Annotated[str, typer.Argument(help="The model whose next version it becomes.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    suites: Annotated[
+        list[str] | None, typer.Option("--evaluate", metavar="SUITE=FILE", help="Measure it, too; may repeat.")
+    ] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Then make it production, if the gate lets it.")] = False,
+    canary: Annotated[float | None, typer.Option(min=0, max=100, help="Or give it so many percent.")] = None,
+    key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
+    wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+) -> None:
+    """Export a checkpoint, prove it, store it, and register it as the next version of a model; --promote serves it."""
+    if promote and canary is not None:
+        raise BadRequest("--promote and --canary exclude each other; leave one of them out")
+    with connected() as llmos:
+        job = llmos.publish(
+            _path_or_id(checkpoint),
+            name,
+            precision=precision,
+            evaluate=dict(map(_suite, suites or ())),
+            deploy="promote" if promote else "none" if canary is None else "canary",
+            weight=canary,
+            idempotency_key=key,
+        )
+        _show_job(llmos, job, wait)
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help="A model.")],
+    suite: Annotated[str, typer.Option(help="perplexity, exact-match, certificate or lm-eval.")],
+    version: Annotated[str | None, typer.Argument(help="A version's number or alias; the newest if left out.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="What is read; lm-eval: a task file, may repeat.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read no more tokens, pairs or documents.")] = None,
+    key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
+    wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+) -> None:
+    """Measure a version and record its metrics, for people and for thresholds."""
+    with connected() as llmos:
+        files = [os.path.abspath(path) for path in data or ()]
+        job = llmos.evaluate(name, version, suite=suite, data=files or None, limit=limit, idempotency_key=key)
+        _show_job(llmos, job, wait)
+
+
+def _path_or_id(given: str) -> str:
+    return os.path.abspath(given) if os.path.isdir(given) else given
+
+
+def _suite(text: str) -> tuple[str, str | None]:
+    suite, equals, path = text.partition("=")
+    return suite, os.path.abspath(path) if equals else None
+
+
+def _show_job(llmos: ControlPlane, job: dict[str, Any], wait: bool) -> None:
+    if wait:
         follow(llmos, job["id"])
+    else:
+        typer.echo(job["id"])
 
 
 def _version_cells(version: dict[str, Any] | None) -> list[str]:

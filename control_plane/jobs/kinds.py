@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -34,11 +35,21 @@ class JobRun(Protocol):
     settings: Settings
     actor: str
 
-    def child(self, module: str, *arguments: str, good_statuses: Sequence[int] = (0,)) -> ChildEvent | None:
+    def child(
+        self,
+        module: str,
+        *arguments: str,
+        good_statuses: Sequence[int] = (0,),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> ChildEvent | None:
         """Run ``python -m module arguments`` and record its events; returns its ``finished`` event.
 
+        ``environment`` is added to the worker's: the place for secrets, which everybody could read on a command line.
         Raises ChildFailed, or, if the job was cancelled or given to another worker, what ends the run.
         """
+
+    def pause(self, seconds: float) -> None:
+        """Wait for something that is done elsewhere; raises what ends the run, if something does."""
 
 
 Step = Callable[[JobRun], Mapping[str, Any] | None]

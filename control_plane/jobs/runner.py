@@ -6,6 +6,7 @@ lease is lost. Both write through ``_write``, which names the fencing token: wit
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -144,12 +146,19 @@ class Runner:
             self._done.set()
             heart.join()
 
-    def child(self, module: str, *arguments: str, good_statuses: Sequence[int] = (0,)) -> ChildEvent | None:
+    def child(
+        self,
+        module: str,
+        *arguments: str,
+        good_statuses: Sequence[int] = (0,),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> ChildEvent | None:
         self._check()
         try:
             return run_child(
                 [sys.executable, "-m", module, *arguments],
                 self._note,
+                {**os.environ, **environment},
                 folder=PROJECT_ROOT,
                 good_statuses=good_statuses,
                 on_start=self._started,
@@ -159,6 +168,10 @@ class Runner:
             raise
         finally:
             self._child = None
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._check()
 
     def _check(self) -> None:
         if self._stopped is not None:

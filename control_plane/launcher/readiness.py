@@ -14,10 +14,11 @@ from collections.abc import Callable
 from control_plane.errors import ControlPlaneError
 from control_plane.launcher import redis_server
 from control_plane.launcher.console import Screen
-from control_plane.launcher.supervisor import SupervisorClient, log_path
+from control_plane.launcher.supervisor import log_path
 from control_plane.registry import serving_state
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED
 from control_plane.settings import Settings
+from control_plane.supervision import SupervisorClient
 
 POLL_S = 0.2
 CRASH_LOOP_S = 8.0

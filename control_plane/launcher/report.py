@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from control_plane.launcher.supervisor import ProcessStatus
 from control_plane.registry.serving_state import LOADED, ServingState
 from control_plane.settings import Settings
+from control_plane.supervision import ProcessStatus
 
 PROMPT = "The import statement"
 _COLOURS = {"RUNNING": "green", "Loaded": "green", "STARTING": "yellow", "Loading": "yellow", "Pending": "yellow"}

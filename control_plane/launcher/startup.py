@@ -23,9 +23,9 @@ from control_plane.errors import ControlPlaneError
 from control_plane.launcher import database, preflight, processes, readiness, report, starter, supervisor, triton_server
 from control_plane.launcher.console import Screen
 from control_plane.launcher.lock import AlreadyRunning, Launch, is_held, launch_lock, read_launch, write_launch
-from control_plane.launcher.supervisor import SupervisorClient
 from control_plane.registry import serving_state
 from control_plane.settings import Settings
+from control_plane.supervision import SupervisorClient
 
 STOP_TIMEOUT_S = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

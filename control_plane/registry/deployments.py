@@ -168,6 +168,12 @@ def get_deployment(name: str, deployment_id: int) -> Deployment:
     return deployment
 
 
+def find_by_reason(name: str, reason: str) -> Deployment | None:
+    """The newest deployment that was made for this very reason."""
+    query = select(Deployment).where(Deployment.model_id == get_model(name).id, Deployment.reason == reason)
+    return db.session.scalar(query.order_by(Deployment.id.desc()).limit(1))
+
+
 def aliases_of(models: Iterable[Model]) -> dict[int, list[Alias]]:
     """Aliases by the id of their model, by name."""
     ids = [model.id for model in models]

@@ -14,11 +14,16 @@ def objections(model: Model, version: Version, evaluations: Sequence[Evaluation]
         found.append("it has no certificate")
     elif not version.passed:
         found.append("its certificate failed: it is not equal to its checkpoint")
-    newest = {evaluation.suite: evaluation for evaluation in sorted(evaluations, key=lambda each: each.id)}
+    # A suite may be run on different data, so it is the newest value of each metric that counts.
+    measured = {
+        f"{evaluation.suite}.{metric}": value
+        for evaluation in sorted(evaluations, key=lambda each: each.id)
+        for metric, value in evaluation.metrics.items()
+    }
     for name, limits in model.thresholds.items():
-        suite, _, metric = name.rpartition(".")
-        value = None if suite not in newest else newest[suite].metrics.get(metric)
+        value = measured.get(name)
         if value is None:
+            suite = name.rpartition(".")[0]
             found.append(f"{name} was not measured; run an evaluation of suite {suite!r}")
         elif value < limits.get("min", value):
             found.append(f"{name} is {value:g}; expected at least {limits['min']:g}")

@@ -113,6 +113,12 @@ def ensure_installed(repository: Path, store: ArtifactStore, place: Place, wante
     store.get(wanted, target)
 
 
+def installed_folder(repository: Path, name: str, number: int, wanted: str) -> Path | None:
+    """Where a version with digest ``wanted`` is installed; None if it is not."""
+    folders = (folder_of(repository, place) for place in possible_places(name, number))
+    return next((folder for folder in folders if _digest_of(folder) == wanted), None)
+
+
 def remove_version(repository: Path, place: Place) -> None:
     """Remove a version folder, in one step for those who look; one that is not there is no error."""
     folder = folder_of(repository, place)

@@ -40,6 +40,10 @@ class EvaluationQuery(DeploymentQuery):
     version: Number | None = Field(None, description="of this version only")
 
 
+class ArtifactQuery(PageQuery):
+    after: Text | None = Field(None, description="the digest of the last artifact of the page before")
+
+
 class Limits(BaseModel):
     """What a metric must reach: at least ``min``, at most ``max``."""
 
@@ -187,6 +191,15 @@ class EvaluationOut(Out):
     job_id: str | None
     created_by: str
     created_at: Time
+
+
+class ArtifactOut(Out):
+    """``kind`` is version, checkpoint or damaged."""
+
+    digest: str
+    kind: str
+    size_bytes: int
+    used_by: list[str] = Field(description="versions, checkpoints and jobs that need it; nobody's is garbage")
 
 
 def model_out(model: Model, aliases: Sequence[Alias]) -> dict[str, Any]:

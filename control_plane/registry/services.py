@@ -20,7 +20,7 @@ from control_plane.auth import audit
 from control_plane.errors import Conflict, NotFound, PreconditionFailed
 from control_plane.extensions import db
 from control_plane.registry.model_directory import NAME, check_name
-from control_plane.registry.tables import Evaluation, Model, Version
+from control_plane.registry.tables import Alias, Evaluation, Model, Version
 from control_plane.version_facts import read_version_facts
 from triton_backend.version_folder import digest, read_manifest
 
@@ -127,6 +127,23 @@ def numbers_by_digest(name: str) -> dict[str, int]:
     return {found: number for found, number in db.session.execute(query)}
 
 
+def resolve_version(name: str, wanted: str | int | None) -> Version:
+    """The version of a number or an alias; the newest if ``wanted`` is None. Raises NotFound."""
+    text = "" if wanted is None else str(wanted)
+    if text.isascii() and text.isdecimal() and len(text) < 10:
+        return get_version(name, int(text))
+    model = get_model(name)
+    query = select(Version).where(Version.model_id == model.id)
+    if wanted is None:
+        version = db.session.scalar(query.order_by(Version.number.desc()).limit(1))
+    else:
+        version = db.session.scalar(query.join(Alias, Alias.version_id == Version.id).where(Alias.name == text))
+    if version is None:
+        what = "version" if wanted is None else f"alias {text!r:.100}"
+        raise NotFound(f"model {name!r} has no {what}; llmos models show {name} lists what it has")
+    return version
+
+
 def find_evaluations(name: str, number: int | None, before: int | None, limit: int) -> list[Evaluation]:
     """Of one version, or of all; newest first."""
     query = select(Evaluation).join(Version).where(Version.model_id == get_model(name).id)
@@ -138,13 +155,17 @@ def find_evaluations(name: str, number: int | None, before: int | None, limit: i
     return list(db.session.scalars(query))
 
 
+def recorded_evaluation(job_id: str, suite: str) -> Evaluation | None:
+    """What a job recorded before it was run again."""
+    return db.session.scalar(select(Evaluation).where(Evaluation.job_id == job_id, Evaluation.suite == suite))
+
+
 def record_evaluation(
     name: str, number: int, suite: str, metrics: Mapping[str, float], *, data: str | None, job_id: str, actor: str
 ) -> Evaluation:
     """Keep what was measured; the same job again gives what it recorded before."""
     version = get_version(name, number)
-    query = select(Evaluation).where(Evaluation.job_id == job_id, Evaluation.suite == suite)
-    evaluation = db.session.scalar(query)
+    evaluation = recorded_evaluation(job_id, suite)
     if evaluation is None:
         found = {"version_id": version.id, "suite": suite, "metrics": dict(metrics), "data": data, "job_id": job_id}
         evaluation = Evaluation(**found, created_by=actor)

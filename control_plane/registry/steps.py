@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
 from control_plane.artifacts import artifact_store
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import BadRequest, Conflict, ControlPlaneError
+from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
-from control_plane.registry import services
-from control_plane.registry.model_directory import NAME, is_sealed
+from control_plane.registry import checkpoints, deployments, services, serving_state
+from control_plane.registry.model_directory import is_sealed
+from control_plane.registry.params import ModelName, Text
+from control_plane.registry.tables import IN_PROGRESS, UP_TO_DATE
 from control_plane.version_facts import read_version_facts
 from triton_backend.version_folder import digest
 
-MAX_TEXT = 1000
-
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("expected a text without NUL characters")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_no_nul)]
-ModelName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+POLL_S = 0.5
+CERTIFICATE = "certificate"
 
 
 class ExportParams(JobParams):
-    """As ``llmos export``: a checkpoint folder on the worker's machine or the id of a model on the Hub."""
+    """As ``llmos export``: a checkpoint's name here, its folder on the worker's machine, or its id on the Hub."""
 
     checkpoint: Text
     name: ModelName
@@ -43,6 +38,30 @@ class ExportParams(JobParams):
     lora_slots: Annotated[int, Field(ge=0)] | None = None
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     certify: bool = True
+
+
+EXPORT_OPTIONS = ExportParams.model_fields.keys() - {"checkpoint", "certify"}
+
+
+class PublishParams(ExportParams):
+    """``evaluate`` maps suites to the file that each reads, null for the certificate's own. ``deploy`` says what
+    becomes of the version in the end; ``weight`` is the canary's share of the requests in percent.
+    """
+
+    evaluate: dict[Literal["perplexity", "exact-match", "certificate"], Text | None] = Field(default_factory=dict)
+    deploy: Literal["none", "canary", "promote"] = "none"
+    weight: Annotated[float, Field(ge=0, le=100)] | None = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> PublishParams:
+        for suite, path in self.evaluate.items():
+            if (path is None) != (suite == CERTIFICATE):
+                raise ValueError(
+                    f"evaluate.{suite} has value {path!r}; expected a file to read, null for {CERTIFICATE}"
+                )
+        if (self.weight is not None) != (self.deploy == "canary"):
+            raise ValueError("weight is the canary's percentage of requests: expected with deploy 'canary' only")
+        return self
 
 
 class VerifyParams(JobParams):
@@ -59,23 +78,57 @@ def export(run: JobRun) -> Mapping[str, Any]:
 
 def build(run: JobRun) -> Mapping[str, Any]:
     """Publish: export into the job's own folder, which ends with the job."""
-    return {name: value for name, value in _export(run, _built(run)).items() if name != "folder"}
+    missing = [path for path in run.params.evaluate.values() if path is not None and not Path(path).is_file()]
+    if missing:
+        raise BadRequest(f"evaluate names {missing[0]!r}, which is no file on this machine; nothing was exported")
+    return {name: value for name, value in _export(run, built_folder(run)).items() if name != "folder"}
 
 
 def store(run: JobRun) -> Mapping[str, Any]:
     """Publish: put what was built into the artifact store."""
-    return {"digest": artifact_store(run.settings).put(_built(run))}
+    return {"digest": artifact_store(run.settings).put(built_folder(run))}
 
 
 def register(run: JobRun) -> Mapping[str, Any]:
     """Publish: make it the next version of its model."""
-    version = services.register(run.params.name, _built(run), job_id=run.job_id, actor=run.actor)
+    version = services.register(run.params.name, built_folder(run), job_id=run.job_id, actor=run.actor)
     return {"model": run.params.name, "version": version.number, "passed": version.passed}
+
+
+def deploy(run: JobRun) -> Mapping[str, Any]:
+    """Publish: have the version served, as its submitter, and wait until it is. A job makes one deployment, ever."""
+    params, number = run.params, run.results["register"]["version"]
+    if params.deploy == "none":
+        return {}
+    mark = f"job {run.job_id}"
+    deployment = deployments.find_by_reason(params.name, mark) or deployments.deploy(
+        params.name,
+        params.deploy,
+        serving_state.read(run.settings),
+        number=number,
+        weight=params.weight,
+        reason=mark,
+        warm=timedelta(seconds=run.settings.warm_s),
+        actor=run.actor,
+    )
+    while deployment.state == IN_PROGRESS:
+        # The reconciler loads the version and ends the deployment. Nobody waits for it inside a transaction.
+        db.session.rollback()
+        run.pause(POLL_S)
+        db.session.refresh(deployment)
+    if deployment.state != UP_TO_DATE:
+        why = deployment.failure_message or "another deployment came before it"
+        raise Conflict(
+            f"version {number} of {params.name!r} is published, but {params.deploy} is {deployment.state}: {why}; when "
+            f"that is mended, llmos {params.deploy} {params.name} {number}"
+        )
+    return {"deployment": deployment.id, "deployed": params.deploy}
 
 
 def verify_version(run: JobRun) -> Mapping[str, Any]:
     params: VerifyParams = run.params
-    options = [] if params.checkpoint is None else [f"--checkpoint={params.checkpoint}"]
+    given = params.checkpoint and checkpoints.resolve(run.settings, params.checkpoint)
+    options = [] if given is None else [f"--checkpoint={given}"]
     finished = run.child("exporters.verify", *options, "--", params.folder, good_statuses=(0, 3))
     if finished is None:
         raise ControlPlaneError("the proof ended without saying what it found")
@@ -89,12 +142,14 @@ def _export(run: JobRun, out: Path) -> Mapping[str, Any]:
         # What a killed attempt left is either sealed or rubbish.
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        given = params.model_dump(exclude={"checkpoint", "certify"}, exclude_none=True)
+        given = params.model_dump(include=EXPORT_OPTIONS, exclude_none=True)
         options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         options += [] if params.certify else ["--no-certify"]
-        run.child("exporters", *options, "--", params.checkpoint, str(out), good_statuses=(0, 3))
+        checkpoint = checkpoints.resolve(run.settings, params.checkpoint)
+        run.child("exporters", *options, "--", checkpoint, str(out), good_statuses=(0, 3))
     return {"folder": str(out), "digest": digest(out), "passed": read_version_facts(out).passed}
 
 
-def _built(run: JobRun) -> Path:
+def built_folder(run: JobRun) -> Path:
+    """Publish: where the version is built, in the job's own folder."""
     return run.folder / "version"

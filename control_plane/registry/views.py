@@ -11,12 +11,14 @@ from flask import Response, current_app, jsonify
 from control_plane.auth.services import require_key, role_allows
 from control_plane.errors import Conflict, PreconditionFailed
 from control_plane.operations import ETAG, Operation, Page, with_etag
-from control_plane.registry import deployments, services, serving_state
+from control_plane.registry import deployments, needs, services, serving_state
 from control_plane.registry.schemas import (
     MAX_NUMBER,
     AliasesOut,
     AliasIn,
     AliasOut,
+    ArtifactOut,
+    ArtifactQuery,
     DeploymentIn,
     DeploymentOut,
     DeploymentQuery,
@@ -187,6 +189,15 @@ def list_evaluations(name: str, query: EvaluationQuery) -> dict[str, Any]:
     """What was measured of a model's versions, newest first."""
     found = services.find_evaluations(name, query.version, query.before, query.limit + 1)
     return page(found, query.limit, evaluation_out)
+
+
+@models.get("/artifacts")
+@require_key("viewer")
+@Operation(Page[ArtifactOut], query=ArtifactQuery)
+def list_artifacts(query: ArtifactQuery) -> dict[str, Any]:
+    """What the artifact store holds, by digest, and who needs it."""
+    found = needs.find_artifacts(_settings(), query.after, query.limit + 1)
+    return page(found, query.limit, lambda used: {**vars(used.artifact), "used_by": used.users})
 
 
 def _bounded(number: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import create_model
 
 from control_plane.jobs.kinds import JobParams, JobRun
-from control_plane.registry.steps import ModelName
+from control_plane.registry.params import ModelName
 from control_plane.training.config import PretrainConfig
 
 PretrainParams: type[JobParams] = create_model(

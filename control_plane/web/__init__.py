@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 def init_app(app: Flask) -> None:
     from control_plane.web.services import SystemStatus
+    from control_plane.web.system import SystemReport
     from control_plane.web.views import pages
 
     app.extensions["system_status"] = SystemStatus(app)
+    app.extensions["system_report"] = SystemReport(app)
     app.register_blueprint(pages)

@@ -1,16 +1,21 @@
-"""The index page with its live part, and the health endpoints. All of it is public: it shows states, never content."""
+"""The index page with its live part and the health endpoints, which are public: they show states, never content. And
+the report of the system, for operators.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, render_template, request
 
+from control_plane.auth.services import require_key
 from control_plane.operations import HTML, Operation
 from control_plane.settings import Settings
-from control_plane.web.schemas import Live, Readiness
+from control_plane.web.schemas import Live, Readiness, SystemOut
 from control_plane.web.services import SystemStatus, health_report, package_versions
+from control_plane.web.system import SystemReport
 
 pages = APIBlueprint("web", __name__, template_folder="templates")
 
@@ -52,6 +57,15 @@ def ready() -> Response:
     response = jsonify(report)
     response.status_code = 200 if is_ready else 503
     return response
+
+
+@pages.get("/api/v1/system")
+@require_key("operator")
+@Operation(SystemOut)
+def system() -> Mapping[str, Any]:
+    """Processes, workers, Triton, database, Redis, disks and memory; who does not answer says why in ``error``."""
+    report: SystemReport = current_app.extensions["system_report"]
+    return report.read()
 
 
 def _live() -> dict[str, Any]:

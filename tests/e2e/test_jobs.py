@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from control_plane.launcher.supervisor import SupervisorClient
+from control_plane.supervision import SupervisorClient
 from triton_backend.version_folder import verify
 
 from .conftest import Stack, wait_for

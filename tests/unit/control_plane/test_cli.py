@@ -37,6 +37,11 @@ def test_help_names_every_command(tmp_path: Path) -> None:
         "jobs",
         "models",
         "publish",
+        "evaluate",
+        "import",
+        "artifacts",
+        "gc",
+        "system",
     ):
         assert command in shown
 

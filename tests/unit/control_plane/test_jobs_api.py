@@ -14,6 +14,7 @@ from control_plane.jobs.tables import SUCCEEDED, Job
 
 pytestmark = pytest.mark.unit
 
+EVALUATE = {"name": "chat", "suite": "certificate"}
 EXPORT = {"checkpoint": "/models/tiny", "name": "chat"}
 
 
@@ -74,10 +75,11 @@ def test_the_same_key_gives_the_same_job(llmos):
         ("developer", "verify", False),
         ("operator", "export", True),
         ("admin", "export", True),
+        ("developer", "evaluate", False),
     ],
 )
 def test_a_kind_needs_its_role(connect, role, kind, is_allowed):
-    params = {"export": EXPORT, "verify": {"folder": "/v"}, "pretrain": {"name": "tiny"}}[kind]
+    params = {"export": EXPORT, "verify": {"folder": "/v"}, "pretrain": {"name": "tiny"}, "evaluate": EVALUATE}[kind]
     if is_allowed:
         assert connect(role).submit_job(kind, params)["state"] == "QUEUED"
     else:
@@ -96,7 +98,16 @@ def test_cancel_and_retry_need_an_operator(connect, llmos):
 
 def test_kinds_show_their_parameters_as_a_schema(llmos):
     kinds = {kind["name"]: kind for kind in llmos.job_kinds()}
-    assert sorted(kinds) == ["adapter", "export", "pretrain", "publish", "verify"]
+    assert sorted(kinds) == [
+        "adapter",
+        "evaluate",
+        "export",
+        "garbage-collect",
+        "import",
+        "pretrain",
+        "publish",
+        "verify",
+    ]
     assert kinds["export"]["params"]["required"] == ["checkpoint", "name"]
     assert kinds["pretrain"]["params"]["properties"]["max_steps"]["default"] == 320
 
@@ -125,6 +136,44 @@ def test_bad_parameters_are_named_and_nothing_is_stored(app, llmos, params, word
     assert (refused.value.status, refused.value.code) == (400, "invalid_request")
     with app.app_context():
         assert db.session.scalar(select(Job.id)) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"suite": "perplexity"}, "perplexity needs data"),
+        ({"suite": "perplexity", "data": ["a", "b"]}, "perplexity reads one file; data has 2"),
+        ({"suite": "certificate", "data": "a"}, "leave data and limit out"),
+        ({"suite": "certificate", "limit": 3}, "leave data and limit out"),
+        ({"suite": "lm-eval"}, "lm-eval needs data"),
+        ({"suite": "mmlu"}, "params.suite has value 'mmlu'"),
+        ({"suite": "certificate", "version": 0}, "params.version"),
+        ({"suite": "certificate", "version": True}, "params.version"),
+    ],
+)
+def test_an_evaluation_needs_what_its_suite_reads(llmos, params, words):
+    with pytest.raises(ApiError, match=words) as refused:
+        llmos.submit_job("evaluate", {"name": "chat", **params})
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"deploy": "canary"}, "weight is the canary's percentage"),
+        ({"deploy": "promote", "weight": 20.0}, "weight is the canary's percentage"),
+        ({"deploy": "canary", "weight": 101.0}, "params.weight has value 101.0"),
+        ({"deploy": "rollback"}, "params.deploy has value 'rollback'"),
+        ({"evaluate": {"perplexity": None}}, "evaluate.perplexity has value None"),
+        ({"evaluate": {"certificate": "/a"}}, "evaluate.certificate has value '/a'"),
+        ({"evaluate": {"lm-eval": "/a"}}, "params.evaluate.lm-eval"),
+    ],
+)
+def test_a_publication_is_complete_before_it_begins(llmos, params, words):
+    with pytest.raises(ApiError, match=words) as refused:
+        llmos.publish("/models/tiny", "chat", **params)
+    assert refused.value.status == 400
+    assert llmos.publish("/models/tiny", "chat", precision="int8", deploy="canary", weight=0)["state"] == "QUEUED"
 
 
 @pytest.mark.parametrize(

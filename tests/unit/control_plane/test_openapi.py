@@ -84,7 +84,16 @@ def test_every_schema_is_used_and_every_reference_leads_somewhere(document):
 def test_a_submission_is_described_kind_by_kind(document):
     variants = document["components"]["schemas"]["JobIn"]["oneOf"]
     described = {variant["properties"]["kind"]["const"]: variant for variant in variants}
-    assert sorted(described) == ["adapter", "export", "pretrain", "publish", "verify"]
+    assert sorted(described) == [
+        "adapter",
+        "evaluate",
+        "export",
+        "garbage-collect",
+        "import",
+        "pretrain",
+        "publish",
+        "verify",
+    ]
     assert described["verify"]["properties"]["params"] == {"$ref": "#/components/schemas/VerifyParams"}
     assert "operator" in described["export"]["description"]
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from control_plane import supervision
 from control_plane.launcher import processes, redis_server, startup, supervisor
-from control_plane.launcher.supervisor import Program, SupervisorClient
+from control_plane.launcher.supervisor import Program
 from control_plane.registry.model_processes import shared_memory_prefix
 from control_plane.settings import Settings
+from control_plane.supervision import SupervisorClient
 
 pytestmark = pytest.mark.integration
 
@@ -100,7 +102,7 @@ def test_take_down_ends_every_process_and_its_shared_memory(supervised: Settings
     startup.take_down(supervised)
     assert processes.our_processes(supervised) == []
     assert not left.exists()
-    assert not supervisor.socket_path(supervised).exists()
+    assert not supervision.socket_path(supervised).exists()
 
 
 def test_processes_whose_supervisor_was_killed_are_found_and_ended(supervised: Settings) -> None:

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.launcher.supervisor import (
-    MAX_SOCKET_PATH_BYTES,
-    SupervisorClient,
-    log_path,
-    programs,
-    render_config,
-    socket_path,
-)
+from control_plane.launcher.supervisor import log_path, programs, render_config
 from control_plane.settings import Settings
+from control_plane.supervision import MAX_SOCKET_PATH_BYTES, SupervisorClient, socket_path
 
 pytestmark = pytest.mark.unit
 

@@ -165,6 +165,14 @@ def test_thresholds_are_a_gate(chat, llmos, say):
     assert [each["metrics"] for each in llmos.evaluations("chat", 2)][-1] == {"bits_per_byte": 1.6}
 
 
+def test_the_newest_value_of_each_metric_counts_though_runs_of_a_suite_measure_different_ones(chat, llmos, say):
+    say(LOADED, Place("chat.canary", 2))
+    llmos.edit_model("chat", thresholds={"lm-eval.words/acc": {"min": 0.5}, "lm-eval.capitals/acc": {"min": 0.5}})
+    for job_id, metrics in (("a", {"words/acc": 0.1}), ("b", {"words/acc": 0.9}), ("c", {"capitals/acc": 0.6})):
+        services.record_evaluation("chat", 2, "lm-eval", metrics, data=None, job_id=job_id, actor="test")
+    assert llmos.deploy("chat", "promote", 2)["state"] == "UpToDate"
+
+
 def test_what_makes_no_sense_is_refused_with_its_reason(chat, llmos, say):
     refused(llmos, 409, "is production already", "chat", "promote", 1)
     refused(llmos, 409, "is production already", "chat", "canary", 1, weight=5)

@@ -1,0 +1,21 @@
+"""Kinds of parameters that jobs of several domains have: texts and names of models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from control_plane.registry.model_directory import NAME
+
+MAX_TEXT = 1000
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("expected a text without NUL characters")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_no_nul)]
+ModelName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
