@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -127,6 +128,16 @@ def test_a_redis_that_is_away_costs_a_request_nothing(client, app):
     complete(client)
     assert time.monotonic() - started_at < 1.0
     assert traffic(client)["recent"]["production"]["requests"] == 4
+
+
+def test_a_process_that_can_start_no_thread_still_answers_and_counts(client, app, monkeypatch):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    for _ in range(2):
+        assert complete(client).status_code == 200
+    assert traffic(client)["recent"]["production"]["requests"] == 2
 
 
 def test_the_command_shows_both_sides_and_the_difference(client, canary, monkeypatch):
