@@ -103,14 +103,15 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> InstalledAdapter:
-    size = size_bytes(folder)
+    size = 0
     try:
+        size = size_bytes(folder)
         read_manifest(folder)
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         rank, base = int(facts["rank"]), str(facts["base"]["digest"])
         return InstalledAdapter(folder.name, size, digest(folder), rank, base)
     except VersionFolderError as error:
         problem = str(error.args[0])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"{FACTS} cannot be read: {error!r}; install the adapter again"
     return InstalledAdapter(folder.name, size, problem=problem)

@@ -71,10 +71,7 @@ class TrafficRecorder:
             add(self._totals.setdefault((seen.model, seen.version), {}), counts)
             is_first, self._is_scheduled = not self._is_scheduled, True
         if is_first:
-            # Begun by the first request after a flush: an idle process has no thread that wakes up.
-            timer = threading.Timer(FLUSH_S, self.flush)
-            timer.daemon = True
-            timer.start()
+            self._schedule()
 
     def flush(self) -> bool:
         """Write what is pending; False, and all of it kept, if Redis does not answer."""
@@ -123,6 +120,17 @@ class TrafficRecorder:
         return redis.Redis.from_url(
             self._redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=retry
         )
+
+    def _schedule(self) -> None:
+        """By the first request after a flush: an idle process has no thread that wakes up."""
+        timer = threading.Timer(FLUSH_S, self.flush)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError as error:
+            # No thread to be had, or the process ends: counting must not fail a request.
+            self._is_scheduled = False
+            log.warning("traffic_not_flushed", reason=str(error))
 
     def _write(self, taken: dict[Slot, dict[str, int]]) -> None:
         with self._redis.pipeline(transaction=True) as pipeline:

@@ -52,14 +52,17 @@ def test_adapters_are_listed_with_the_version_that_each_fits(chat, llmos, tmp_pa
     write_adapter(chat / "stray", "0" * 64)
     (chat / "broken").mkdir()
     (write_adapter(chat / "odd", "") / "adapter.json").write_text("[]")
+    (write_adapter(chat / "huge", "") / "adapter.json").write_text('{"rank": 1e999, "base": {"digest": ""}}')
     (chat / ".poet.staged").mkdir()
     (chat / "link").symlink_to(poet)
     found = {adapter["name"]: adapter for adapter in llmos.adapters("chat")}
-    assert sorted(found) == ["broken", "odd", "poet", "stray"]
+    assert sorted(found) == ["broken", "huge", "odd", "poet", "stray"]
     assert (found["poet"]["version"], found["poet"]["rank"], found["poet"]["problem"]) == (2, 4, None)
     assert (found["poet"]["digest"], found["poet"]["base_digest"]) == (digest(poet), digest(tmp_path / "b"))
     assert found["poet"]["size_bytes"] > 1000 and found["stray"]["version"] is None
-    assert "no manifest.json" in found["broken"]["problem"] and "cannot be read" in found["odd"]["problem"]
+    assert "no manifest.json" in found["broken"]["problem"] and all(
+        "cannot be read" in found[name]["problem"] for name in ("odd", "huge")
+    )
     refused(404, "model 'nobody' does not exist", llmos.adapters, "nobody")
 
 
