@@ -21,6 +21,11 @@ class JobParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+    @property
+    def scope(self) -> str:
+        """What a key must have to submit a job with these parameters."""
+        return "jobs"
+
 
 class JobRun(Protocol):
     """What a step is given.

@@ -32,7 +32,7 @@ from sqlalchemy.exc import IntegrityError
 from control_plane.auth import audit
 from control_plane.errors import BadRequest, Conflict, ControlPlaneError, NotFound
 from control_plane.extensions import db, now
-from control_plane.jobs.kinds import JobKind
+from control_plane.jobs.kinds import JobKind, JobParams
 from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, STATES, Job, JobEvent
 
 CANARY_TASK = "canary"
@@ -97,7 +97,7 @@ def submit(
     """
     if kind not in kinds:
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(kinds)}")
-    checked = check_params(kinds[kind], params)
+    checked = check_params(kinds[kind], params).model_dump(mode="json")
     if not PRIORITIES[0] <= priority <= PRIORITIES[1]:
         raise BadRequest(f"priority has value {priority}; expected {PRIORITIES[0]} to {PRIORITIES[1]}")
     if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_KEY_LENGTH:
@@ -132,10 +132,10 @@ def submit(
     return earlier
 
 
-def check_params(kind: JobKind, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with defaults filled in, as JSON; raises BadRequest for the first bad one."""
+def check_params(kind: JobKind, params: Mapping[str, Any]) -> JobParams:
+    """Parameters with defaults filled in; raises BadRequest for the first bad one."""
     try:
-        return kind.params.model_validate_json(json.dumps(params), strict=True).model_dump(mode="json")
+        return kind.params.model_validate_json(json.dumps(params), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(["params", *map(str, first["loc"])])

@@ -10,6 +10,7 @@ from typing import Any
 from apiflask import APIBlueprint
 from flask import Flask, Response, current_app, request
 
+from control_plane.auth.principal import current_principal
 from control_plane.auth.services import require_key, role_allows
 from control_plane.auth.watch import Watch
 from control_plane.databases import UNREACHABLE
@@ -65,8 +66,10 @@ def list_jobs(query: JobQuery) -> dict[str, Any]:
 def submit_job(headers: SubmitHeaders, body: JobIn) -> tuple[Job, dict[str, str]]:
     """Submit a job; its kind may need a higher role."""
     kind = _kinds().get(body.kind)
-    if kind is not None and not role_allows(kind.role):
-        raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
+    if kind is not None:
+        if not role_allows(kind.role):
+            raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
+        current_principal().require(kind.role, (services.check_params(kind, body.params).scope,))
     job = services.submit(
         current_app.extensions["celery"],
         _kinds(),

@@ -32,6 +32,10 @@ class AdapterParams(JobParams):
     version: Annotated[int, Field(ge=1)] | None = None
     other_base: bool = False
 
+    @property
+    def scope(self) -> str:
+        return "deploy"
+
 
 def choose(run: JobRun) -> Mapping[str, Any]:
     """Which version it is made for; kept, whatever becomes production meanwhile."""

@@ -53,6 +53,10 @@ class CollectParams(JobParams):
 
     dry_run: bool = False
 
+    @property
+    def scope(self) -> str:
+        return "jobs" if self.dry_run else "deploy"
+
 
 @dataclass(frozen=True)
 class Garbage:

@@ -52,6 +52,10 @@ class PublishParams(ExportParams):
     deploy: Literal["none", "canary", "promote"] = "none"
     weight: Annotated[float, Field(ge=0, le=100)] | None = None
 
+    @property
+    def scope(self) -> str:
+        return "jobs" if self.deploy == "none" else "deploy"
+
     @model_validator(mode="after")
     def _is_complete(self) -> PublishParams:
         for suite, path in self.evaluate.items():

@@ -35,9 +35,11 @@ def llmos(stack: Stack) -> Iterator[ControlPlane]:
 
 @pytest.fixture(scope="module")
 def chat(stack: Stack, llmos: ControlPlane) -> Iterator[str]:
-    """Versions 1 (fp32) and 2 (int8) of the same checkpoint, published by the command line; 1 is production."""
+    """An imported checkpoint, published by the command line as versions 1 (fp32) and 2 (int8); 1 is production."""
+    imported = stack.llmos("import", str(stack.checkpoint), "imported")
+    assert imported.returncode == 0, imported.stderr
     for precision in ("fp32", "int8"):
-        published = stack.llmos("publish", str(stack.checkpoint), MODEL, "--precision", precision)
+        published = stack.llmos("publish", "imported", MODEL, "--precision", precision)
         assert published.returncode == 0, published.stderr
     assert llmos.version(MODEL, 1)["serving"]["state"] == "Standby"
     promoted = stack.llmos("promote", MODEL, "1")

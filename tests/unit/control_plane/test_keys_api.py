@@ -214,6 +214,23 @@ def test_pages_cover_every_key_once(app, plain_text, admin):
     assert seen[1:6] == made[::-1] and len(seen) == len(set(seen)) == 7
 
 
+@pytest.mark.parametrize(
+    ("kind", "params", "scope"),
+    [
+        ("publish", {"checkpoint": "tiny", "name": "chat"}, "jobs"),
+        ("publish", {"checkpoint": "tiny", "name": "chat", "deploy": "promote"}, "deploy"),
+        ("garbage-collect", {"dry_run": True}, "jobs"),
+        ("garbage-collect", {}, "deploy"),
+        ("adapter", {"model": "chat", "adapter": "poet", "peft_folder": "/poet"}, "deploy"),
+    ],
+)
+def test_a_job_that_changes_what_is_served_needs_the_scope_for_that(app, plain_text, kind, params, scope):
+    body, client = {"kind": kind, "params": params}, app.test_client()
+    for scopes, status in ((["jobs"], 202 if scope == "jobs" else 403), (["jobs", "deploy"], 202)):
+        answer = client.post("/api/v1/jobs", json=body, headers=bearer(plain_text("operator", scopes=scopes)))
+        assert answer.status_code == status
+
+
 def test_a_key_for_some_models_meets_no_other(app, settings, triton, plain_text):
     triton.models["other"] = word_by_word
     with app.app_context():
