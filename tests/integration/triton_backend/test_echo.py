@@ -8,8 +8,10 @@ import torch
 from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.extensions import db
+from control_plane.registry.places import Place
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton
+from tests.served import say_loaded, serve
 
 pytestmark = pytest.mark.integration
 
@@ -25,9 +27,12 @@ def gateway(client, tmp_path):
         yield from client.submit(prompt, stream=call.stream, **call.sampling)
 
     environment = {"LLMOS_HOME": str(tmp_path), "LLMOS_DATABASE_URL": "sqlite://"}
-    app = create_app(Settings.from_environment(environment), FakeTriton({"tiny": answers}))
+    settings = Settings.from_environment(environment)
+    app = create_app(settings, FakeTriton({"tiny": answers}))
+    say_loaded(settings, Place("tiny", 1))
     with app.app_context():
         db.create_all()
+        serve("tiny")
         key = create_key("test", "developer")
 
     def complete(**body):

@@ -21,8 +21,10 @@ from werkzeug.serving import make_server
 from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.extensions import db
+from control_plane.registry.places import Place
 from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
+from tests.served import say_loaded, serve
 from triton_backend.version_folder import digest, seal
 
 pytestmark = pytest.mark.integration
@@ -68,10 +70,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
     (version / "model.json").write_text(json.dumps({"engine": {"max_model_len": 64}}))
     seal(version, {}, {})
     triton = FakeTriton({"words": word_by_word})
-    app = create_app(Settings.from_environment({"LLMOS_HOME": str(tmp_path / "home")}), triton)
-    (tmp_path / "home").mkdir(exist_ok=True)
+    settings = Settings.from_environment({"LLMOS_HOME": str(tmp_path / "home")})
+    app = create_app(settings, triton)
+    say_loaded(settings, Place("words", 1))
     with app.app_context():
         db.create_all()
+        serve("words")
         key = create_key("test", "developer")
     http = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=http.serve_forever)
