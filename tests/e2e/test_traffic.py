@@ -35,8 +35,9 @@ def test_requests_are_counted_timed_and_kept_through_a_restart_of_the_web_server
         production = found["recent"]["production"]
         assert found["is_complete"] and production["requests"] == before["requests"] + 3
         assert production["completion_tokens"] == before["completion_tokens"] + 32
-        refused = before["errors"].get("invalid_request", 0) + 1
-        assert production["errors"]["invalid_request"] == refused and production["error_share"] == 0
+        # Other tests of this installation may have met errors of the server within the hour.
+        refused = {"invalid_request": before["errors"].get("invalid_request", 0) + 1}
+        assert production["errors"] == {**before["errors"], **refused}
         assert 0 < production["first_token_p50_s"] <= production["end_p95_s"] < 60 < 1e4 * production["tokens_per_s"]
         lines = http.get("/metrics").text.splitlines()
         first_tokens = f'llmos_time_to_first_token_seconds_count{{model="{stack.model}",version="1"}}'
