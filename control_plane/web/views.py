@@ -52,7 +52,7 @@ def live() -> dict[str, str]:
 @pages.get("/health/ready")
 @Operation(Readiness, also=(503,))
 def ready() -> Response:
-    """Whether every installed model answers a one-token probe; 503 if not, with the reason per model."""
+    """Whether every production version answers a one-token probe; 503 if not, with the reason per model."""
     report, is_ready = health_report(_system().models())
     response = jsonify(report)
     response.status_code = 200 if is_ready else 503
