@@ -29,10 +29,13 @@ VERSION_HEADER = "X-Model-Version"
 
 
 class Streams:
-    """Clients that stream one answer after the other; what fails or is cut is an error."""
+    """Clients that stream one answer after the other; what fails or is cut is an error.
 
-    def __init__(self, settings: Settings, key: str, model: str, num_clients: int) -> None:
-        self._url, self._key, self._model = settings.web_url, key, model
+    ``answers`` are pairs of when a request began, in seconds of the monotonic clock, and the version that answered it.
+    """
+
+    def __init__(self, url: str, key: str, model: str, num_clients: int) -> None:
+        self._url, self._key, self._model = url, key, model
         self._stopped = threading.Event()
         self.answers: list[tuple[float, int]] = []
         self.errors: list[str] = []
@@ -49,6 +52,7 @@ class Streams:
             thread.join()
 
     def last_start(self, version: int) -> float:
+        """When, on the monotonic clock, the last request began that this version answered; 0 if none did."""
         return max((began_at for began_at, found in self.answers if found == version), default=0.0)
 
     def _stream(self) -> None:
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ControlPlane(settings.web_url, key) as llmos:
         # As a canary without requests the second version is loaded before anything is measured.
         llmos.wait_deployment(given.model, llmos.deploy(given.model, "canary", versions[1], weight=0)["id"])
-        with Streams(settings, key, given.model, given.clients) as streams:
+        with Streams(settings.web_url, key, given.model, given.clients) as streams:
             moves = measure(llmos, streams, given.model, versions, given.moves)
     ordered = sorted(moves)
     result = {

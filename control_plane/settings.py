@@ -220,6 +220,11 @@ class Settings:
         return self.home / "run"
 
     @property
+    def warm(self) -> timedelta:
+        """How long a version that was replaced stays loaded."""
+        return timedelta(seconds=self.warm_s)
+
+    @property
     def artifacts_url(self) -> str:
         return self.artifacts_url_override or str(self.home / "artifacts")
 

@@ -1,6 +1,6 @@
 """``llmos up`` and ``llmos down``: from nothing to a served model, and back to nothing.
 
-    up:   lock ─► clear what a crash left ─► preflight ─► Triton ─► model ─► database ─► supervisord ─► ready ─► answer
+    up:   lock ─► clear what a crash left ─► preflight ─► Triton ─► database ─► model ─► supervisord ─► ready ─► answer
     down: supervisord stops every process group ─► whatever is left is ended ─► shared memory is removed
 
 Whichever way ``up`` ends before it has detached, Ctrl-C, SIGTERM, an error or ``down`` from another terminal, nothing

@@ -17,7 +17,7 @@ from control_plane.jobs.schemas import JobIn
 from control_plane.jobs.services import JOB_ID
 from control_plane.operations import Operation
 from control_plane.registry.adapters import ADAPTER
-from control_plane.registry.deployments import ALIAS
+from control_plane.registry.aliases import ALIAS
 from control_plane.registry.model_directory import NAME
 
 Document = dict[str, Any]

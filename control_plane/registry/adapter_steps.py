@@ -13,7 +13,7 @@ from control_plane.auth import audit
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import adapters
-from control_plane.registry.deployments import aliases_of
+from control_plane.registry.aliases import of_model
 from control_plane.registry.model_directory import is_sealed
 from control_plane.registry.services import get_model, get_version
 from control_plane.registry.steps import ModelName, Text
@@ -41,7 +41,7 @@ def choose(run: JobRun) -> Mapping[str, Any]:
     """Which version it is made for; kept, whatever becomes production meanwhile."""
     params: AdapterParams = run.params
     model = get_model(params.model)
-    version = adapters.target_version(model, params.version, aliases_of([model])[model.id])
+    version = adapters.target_version(model, params.version, of_model(model))
     return {"version": version.number}
 
 

@@ -17,7 +17,7 @@ from control_plane.jobs.schemas import JobOut
 from control_plane.jobs.tables import Job
 from control_plane.operations import Operation, Out
 from control_plane.registry import adapters, services
-from control_plane.registry.deployments import aliases_of
+from control_plane.registry.aliases import of_model
 from control_plane.registry.schemas import VersionNumber
 from control_plane.settings import Settings
 
@@ -68,7 +68,7 @@ def put_adapter(name: str, adapter: str, body: AdapterIn) -> tuple[Job, dict[str
     """Install an adapter, or replace it, by a job of kind `adapter`."""
     adapters.check_adapter_name(adapter)
     model = services.get_model(name)
-    version = adapters.target_version(model, body.version, aliases_of([model])[model.id])
+    version = adapters.target_version(model, body.version, of_model(model))
     params = {**body.model_dump(), "model": name, "adapter": adapter, "version": version.number}
     job = jobs.submit(current_app.extensions["celery"], current_app.extensions["job_kinds"], "adapter", params)
     return job, {"Location": f"/api/v1/jobs/{job.id}"}

@@ -12,20 +12,18 @@ reconciler may both advance.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, delete, select, update
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import joinedload
 
 from control_plane.auth import audit
 from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, PreconditionFailed
 from control_plane.extensions import db, now
-from control_plane.registry import gate
+from control_plane.registry import aliases, gate
 from control_plane.registry.desired import ModelIntent
 from control_plane.registry.services import get_model, get_version
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
@@ -44,11 +42,9 @@ from control_plane.registry.tables import (
 )
 
 KINDS = {"promote": PRODUCTION, "rollback": PRODUCTION, "canary": CANARY, "abort": CANARY, "withdraw": PRODUCTION}
+"""What a deployment may be, and the alias that it moves."""
 ENDINGS = ("abort", "withdraw")
-"""What a deployment may be, and the alias that it moves; endings remove it and need nothing to be loaded."""
-RESERVED = (PRODUCTION, CANARY)
-ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
-"""Not a number: chat@3 is a version."""
+"""Kinds that remove their alias: nothing has to be loaded for them."""
 MAX_REASON = 1000
 MIN_REASON = 5
 
@@ -63,6 +59,7 @@ def deploy(
     number: int | None = None,
     weight: float | None = None,
     reason: str | None = None,
+    job_id: str | None = None,
     force: bool = False,
     may_force: bool = False,
     warm: timedelta = timedelta(0),
@@ -72,19 +69,21 @@ def deploy(
     """Begin a deployment, and end it at once if its version is loaded.
 
     ``number`` may be left out for a rollback (the version before) and for another weight of the canary there is.
-    ``revision`` is the production alias's as it was read: a change meanwhile is refused. Raises BadRequest, NotFound,
+    ``job_id`` names the job that deploys, which may do so once. ``revision`` is the production alias's as it was read:
+    a change meanwhile is refused. Raises BadRequest, NotFound,
     Forbidden, Conflict if the gate objects or there is nothing to do, PreconditionFailed.
     """
     if kind not in KINDS:
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(KINDS)}")
     model = get_model(name)
-    production, canary = _alias(model, PRODUCTION), _alias(model, CANARY)
+    production, canary = aliases.find(model, PRODUCTION), aliases.find(model, CANARY)
     if revision is not None and revision != (production.revision if production else 0):
         raise PreconditionFailed(f"what model {name!r} serves was changed by somebody else meanwhile; read it again")
     version = _target(model, kind, number, production, canary)
     _check(kind, version, weight, production)
     # What was served before, and the canary that there is, went through the gate then.
-    is_known = kind in ("rollback", *ENDINGS) or (kind == "canary" and canary is not None and canary.version is version)
+    is_the_canary = kind == "canary" and canary is not None and canary.version_id == version.id
+    is_known = is_the_canary or kind in ("rollback", *ENDINGS)
     overridden = [] if is_known else _objections(model, version, reason, force, may_force)
     alias = canary if KINDS[kind] == CANARY else production
     deployment = Deployment(
@@ -96,6 +95,7 @@ def deploy(
         weight=weight,
         overridden=overridden,
         reason=reason,
+        job_id=job_id,
         created_by=actor or audit.current_actor(),
     )
     db.session.add(deployment)
@@ -135,7 +135,8 @@ def intents() -> list[ModelIntent]:
     production: dict[str, int] = {}
     wanted: dict[str, dict[int, str]] = {}
     columns = (Model.name, Version.number, Version.digest)
-    of_alias = select(*columns, Alias.name).join(Alias.version).join(Version.model).where(Alias.name.in_(RESERVED))
+    of_alias = select(*columns, Alias.name).join(Alias.version).join(Version.model)
+    of_alias = of_alias.where(Alias.name.in_(aliases.RESERVED))
     for name, number, digest, alias in db.session.execute(of_alias):
         wanted.setdefault(name, {})[number] = digest
         if alias == PRODUCTION:
@@ -168,47 +169,9 @@ def get_deployment(name: str, deployment_id: int) -> Deployment:
     return deployment
 
 
-def find_by_reason(name: str, reason: str) -> Deployment | None:
-    """The newest deployment that was made for this very reason."""
-    query = select(Deployment).where(Deployment.model_id == get_model(name).id, Deployment.reason == reason)
-    return db.session.scalar(query.order_by(Deployment.id.desc()).limit(1))
-
-
-def aliases_of(models: Iterable[Model]) -> dict[int, list[Alias]]:
-    """Aliases by the id of their model, by name."""
-    ids = [model.id for model in models]
-    found: dict[int, list[Alias]] = {model_id: [] for model_id in ids}
-    query = select(Alias).where(Alias.model_id.in_(ids)).order_by(Alias.name).options(joinedload(Alias.version))
-    for alias in db.session.scalars(query):
-        found[alias.model_id].append(alias)
-    return found
-
-
-def set_alias(name: str, alias_name: str, number: int, revision: int | None = None) -> Alias:
-    """Point an alias of a person's own to a version. Raises BadRequest, NotFound, Conflict, PreconditionFailed."""
-    _check_alias_name(alias_name)
-    model, version = get_model(name), get_version(name, number)
-    alias = _alias(model, alias_name)
-    if revision is not None and revision != (alias.revision if alias else 0):
-        raise PreconditionFailed(f"alias {alias_name!r} was changed by somebody else meanwhile; read it again")
-    _point(model, alias_name, version, None)
-    audit.record("alias.set", f"{name}@{alias_name}", version=number)
-    _commit_alias(alias_name)
-    found = _alias(model, alias_name)
-    assert found is not None
-    return found
-
-
-def delete_alias(name: str, alias_name: str) -> None:
-    """Raises NotFound, Conflict for those that deployments move."""
-    _refuse_reserved(alias_name)
-    model = get_model(name)
-    alias = _alias(model, alias_name) if ALIAS.fullmatch(alias_name) else None
-    if alias is None:
-        raise NotFound(f"model {name!r} has no alias {alias_name!r:.100}; GET /api/v1/models/{name} shows those it has")
-    db.session.delete(alias)
-    audit.record("alias.delete", f"{name}@{alias_name}")
-    db.session.commit()
+def find_of_job(job_id: str) -> Deployment | None:
+    """What a job has deployed."""
+    return db.session.scalar(select(Deployment).where(Deployment.job_id == job_id))
 
 
 def retire(name: str, number: int) -> Version:
@@ -246,7 +209,7 @@ def adopt_production(name: str, number: int) -> None:
             finished_at=now(),
         )
     )
-    _point(model, PRODUCTION, version, None)
+    aliases.point(model, PRODUCTION, version, None)
     audit.record("alias.set", f"{name}@{PRODUCTION}", version=number)
     db.session.commit()
 
@@ -260,7 +223,9 @@ def served_models() -> list[str]:
 def _target(model: Model, kind: str, number: int | None, production: Alias | None, canary: Alias | None) -> Version:
     if kind == "withdraw":
         if production is None:
-            raise Conflict(f"model {model.name!r} is not served")
+            raise Conflict(
+                f"model {model.name!r} is not served: it has no production version; there is nothing to withdraw"
+            )
         return production.version
     if kind == "abort" or (kind == "canary" and number is None):
         if canary is None:
@@ -293,7 +258,7 @@ def _check(kind: str, version: Version, weight: float | None, production: Alias 
         raise Conflict(f"version {version.number} is retired and never served again; publish it anew")
     is_production = production is not None and production.version_id == version.id
     if kind in ("promote", "rollback", "canary") and is_production:
-        raise Conflict(f"version {version.number} is production already")
+        raise Conflict(f"version {version.number} is production already; llmos models show tells what is served")
     if kind == "rollback" and production is None:
         raise Conflict("the model has no production version; promote one")
     if (weight is not None) != (kind == "canary"):
@@ -321,7 +286,7 @@ def _objections(model: Model, version: Version, reason: str | None, force: bool,
 def _finish(deployment: Deployment, warm: timedelta) -> None:
     """Alias, history and audit in one transaction; nothing if somebody else was faster."""
     model, version = deployment.model, deployment.version
-    alias, production = _alias(model, deployment.alias), _alias(model, PRODUCTION)
+    alias, production = aliases.find(model, deployment.alias), aliases.find(model, PRODUCTION)
     previous = alias.version if alias else None
     is_pointless = deployment.kind == "canary" and production is not None and production.version_id == version.id
     state = SUPERSEDED if is_pointless else UP_TO_DATE
@@ -329,16 +294,16 @@ def _finish(deployment: Deployment, warm: timedelta) -> None:
         db.session.commit()
         return
     if deployment.kind in ENDINGS:
-        _remove(model, RESERVED if deployment.kind == "withdraw" else (CANARY,))
+        aliases.remove(model, aliases.RESERVED if deployment.kind == "withdraw" else (CANARY,))
         is_version = Version.model_id == model.id if deployment.kind == "withdraw" else Version.id == version.id
         db.session.execute(update(Version).where(is_version).values(warm_until=None))
     else:
-        _point(model, deployment.alias, version, deployment.weight)
+        aliases.point(model, deployment.alias, version, deployment.weight)
         if previous is not None and previous.id != version.id:
             previous.warm_until = now() + warm if deployment.alias == PRODUCTION else None
         if deployment.alias == PRODUCTION:
             # A canary that is promoted has done its work.
-            _remove(model, (CANARY,), Alias.version_id == version.id)
+            aliases.remove(model, (CANARY,), Alias.version_id == version.id)
     details: dict[str, Any] = {"version": None if deployment.kind in ENDINGS else version.number}
     audit.record("alias.set", f"{model.name}@{deployment.alias}", deployment.created_by, **details)
     try:
@@ -368,42 +333,3 @@ def _end(deployment: Deployment, state: str, **values: Any) -> bool:
         .values(state=state, finished_at=now(), **values)
     )
     return bool(changed.rowcount)  # type: ignore[attr-defined]
-
-
-def _alias(model: Model, alias_name: str) -> Alias | None:
-    return db.session.scalar(select(Alias).where(Alias.model_id == model.id, Alias.name == alias_name))
-
-
-def _point(model: Model, alias_name: str, version: Version, weight: float | None) -> None:
-    alias = _alias(model, alias_name)
-    if alias is None:
-        db.session.add(Alias(model_id=model.id, name=alias_name, version_id=version.id, weight=weight))
-        return
-    alias.version_id, alias.weight, alias.updated_at = version.id, weight, now()
-    alias.revision += 1
-
-
-def _remove(model: Model, names: Sequence[str], *conditions: ColumnElement[bool]) -> None:
-    db.session.execute(delete(Alias).where(Alias.model_id == model.id, Alias.name.in_(names), *conditions))
-
-
-def _commit_alias(alias_name: str) -> None:
-    try:
-        db.session.commit()
-    except IntegrityError:
-        db.session.rollback()
-        raise Conflict(f"alias {alias_name!r} was made by somebody else at the same time; read it again") from None
-
-
-def _check_alias_name(alias_name: str) -> None:
-    if not ALIAS.fullmatch(alias_name):
-        raise BadRequest(
-            f"alias {alias_name!r:.100} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
-            "beginning with a letter"
-        )
-    _refuse_reserved(alias_name)
-
-
-def _refuse_reserved(alias_name: str) -> None:
-    if alias_name in RESERVED:
-        raise Conflict(f"alias {alias_name!r} is moved by deployments only; POST …/deployments")

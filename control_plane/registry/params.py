@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from control_plane.registry.model_directory import NAME
+from control_plane.registry.places import CANARY_SUFFIX
 
 MAX_TEXT = 1000
 
@@ -17,5 +18,11 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _not_a_canary(name: str) -> str:
+    if name.endswith(CANARY_SUFFIX):
+        raise ValueError(f"expected a name that does not end in {CANARY_SUFFIX!r}: so canaries are served")
+    return name
+
+
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_no_nul)]
-ModelName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+ModelName = Annotated[str, Field(pattern=f"^{NAME.pattern}$"), AfterValidator(_not_a_canary)]

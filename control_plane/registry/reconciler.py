@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from datetime import timedelta
 
 import structlog
 from flask import Flask
@@ -96,7 +95,7 @@ class Reconciler:
     def _advance(self, state: ServingState) -> None:
         try:
             with self._app.app_context():
-                deployments.advance(state, timedelta(seconds=self._settings.warm_s))
+                deployments.advance(state, self._settings.warm)
         except SQLAlchemyError as error:
             log.warning("registry_unwritable", reason=str(error))
 

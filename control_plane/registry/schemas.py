@@ -176,6 +176,7 @@ class DeploymentOut(Out):
     state: str
     failure: FailureOut | None = Field(description="why it is blocked")
     reason: str | None
+    job_id: str | None
     overridden: list[str] = Field(description="what the gate found when it was forced")
     created_by: str
     created_at: Time
@@ -273,6 +274,7 @@ def deployment_out(deployment: Deployment) -> dict[str, Any]:
         "state": deployment.state,
         "failure": failure if deployment.failure_reason or deployment.failure_message else None,
         "reason": deployment.reason,
+        "job_id": deployment.job_id,
         "overridden": deployment.overridden,
         "created_by": deployment.created_by,
         "created_at": iso(deployment.created_at),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,15 +103,14 @@ def deploy(run: JobRun) -> Mapping[str, Any]:
     params, number = run.params, run.results["register"]["version"]
     if params.deploy == "none":
         return {}
-    mark = f"job {run.job_id}"
-    deployment = deployments.find_by_reason(params.name, mark) or deployments.deploy(
+    deployment = deployments.find_of_job(run.job_id) or deployments.deploy(
         params.name,
         params.deploy,
         serving_state.read(run.settings),
         number=number,
         weight=params.weight,
-        reason=mark,
-        warm=timedelta(seconds=run.settings.warm_s),
+        job_id=run.job_id,
+        warm=run.settings.warm,
         actor=run.actor,
     )
     while deployment.state == IN_PROGRESS:

@@ -92,7 +92,8 @@ class Deployment(Base):
     """One change of what is served. ``kind`` is promote, rollback, canary, abort or withdraw.
 
     ``alias`` is what it moves; ``previous_version`` where that pointed before. ``overridden`` lists what the gate found
-    when somebody forced it, for a ``reason``. ``failure_reason`` and ``failure_message`` say why it is blocked.
+    when somebody forced it, for a ``reason``; ``job_id`` is the job that made it. ``failure_reason`` and
+    ``failure_message`` say why it is blocked.
     """
 
     __tablename__ = "deployments"
@@ -106,6 +107,7 @@ class Deployment(Base):
     weight: Mapped[float | None] = mapped_column()
     overridden: Mapped[list[str]] = mapped_column(JSON, default=list)
     reason: Mapped[str | None] = mapped_column(Text)
+    job_id: Mapped[str | None] = mapped_column(String(32), unique=True)
     state: Mapped[str] = mapped_column(String(32), default=IN_PROGRESS, index=True)
     failure_reason: Mapped[str | None] = mapped_column(String(64))
     failure_message: Mapped[str | None] = mapped_column(Text)
@@ -135,3 +137,5 @@ class Evaluation(Base):
     created_at: Mapped[datetime] = mapped_column(DateTime, default=now)
 
     version: Mapped[Version] = relationship()
+
+    __table_args__ = (UniqueConstraint("job_id", "suite"),)

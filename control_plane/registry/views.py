@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from apiflask import APIBlueprint
@@ -11,7 +10,7 @@ from flask import Response, current_app, jsonify
 from control_plane.auth.services import require_key, role_allows
 from control_plane.errors import Conflict, PreconditionFailed
 from control_plane.operations import ETAG, Operation, Page, with_etag
-from control_plane.registry import deployments, needs, services, serving_state
+from control_plane.registry import aliases, deployments, needs, services, serving_state
 from control_plane.registry.schemas import (
     MAX_NUMBER,
     AliasesOut,
@@ -38,7 +37,7 @@ from control_plane.registry.schemas import (
     version_out,
 )
 from control_plane.registry.serving_state import ServingState
-from control_plane.registry.tables import IN_PROGRESS, Alias, Model
+from control_plane.registry.tables import IN_PROGRESS
 from control_plane.requests import IfMatch, page
 from control_plane.settings import Settings
 
@@ -54,8 +53,8 @@ LOCATION = {"Location": "where the deployment is shown"}
 def list_models(query: ModelQuery) -> dict[str, Any]:
     """Models by name, each with its newest version and what is served of it."""
     found = services.find_models(query.after, query.prefix, query.limit + 1)
-    serving, aliases = _serving(), deployments.aliases_of(summary.model for summary in found)
-    return page(found, query.limit, lambda summary: summary_out(summary, aliases[summary.model.id], serving))
+    serving, of_models = _serving(), aliases.of_models(summary.model for summary in found)
+    return page(found, query.limit, lambda summary: summary_out(summary, of_models[summary.model.id], serving))
 
 
 @models.get("/models/<name>")
@@ -64,7 +63,7 @@ def list_models(query: ModelQuery) -> dict[str, Any]:
 def show_model(name: str) -> Tagged:
     """One model."""
     model = services.get_model(name)
-    return with_etag(model_out(model, _aliases(model)))
+    return with_etag(model_out(model, aliases.of_model(model)))
 
 
 @models.patch("/models/<name>")
@@ -76,7 +75,7 @@ def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> Tagged:
     With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster.
     """
     model = services.edit_model(name, body.changes, headers.revision)
-    return with_etag(model_out(model, _aliases(model)))
+    return with_etag(model_out(model, aliases.of_model(model)))
 
 
 @models.get("/models/<name>/versions")
@@ -85,8 +84,8 @@ def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> Tagged:
 def list_versions(name: str, query: VersionQuery) -> dict[str, Any]:
     """Versions of a model, newest first."""
     found = services.find_versions(name, query.before, query.limit + 1)
-    serving, aliases = _serving(), _aliases(services.get_model(name))
-    return page(found, query.limit, lambda version: version_out(version, name, aliases, serving))
+    serving, known = _serving(), aliases.of_model(services.get_model(name))
+    return page(found, query.limit, lambda version: version_out(version, name, known, serving))
 
 
 @models.get("/models/<name>/versions/<int:number>")
@@ -95,7 +94,7 @@ def list_versions(name: str, query: VersionQuery) -> dict[str, Any]:
 def show_version(name: str, number: int) -> dict[str, Any]:
     """One version."""
     version = services.get_version(name, _bounded(number))
-    return version_out(version, name, _aliases(version.model), _serving())
+    return version_out(version, name, aliases.of_model(version.model), _serving())
 
 
 @models.post("/models/<name>/versions/<int:number>/retire")
@@ -104,7 +103,7 @@ def show_version(name: str, number: int) -> dict[str, Any]:
 def retire_version(name: str, number: int) -> dict[str, Any]:
     """Never serve a version again; its files may be collected as garbage."""
     version = deployments.retire(name, _bounded(number))
-    return version_out(version, name, _aliases(version.model), _serving())
+    return version_out(version, name, aliases.of_model(version.model), _serving())
 
 
 @models.get("/models/<name>/aliases")
@@ -112,7 +111,7 @@ def retire_version(name: str, number: int) -> dict[str, Any]:
 @Operation(AliasesOut)
 def list_aliases(name: str) -> dict[str, Any]:
     """What points to which version."""
-    return {"data": [alias_out(alias) for alias in _aliases(services.get_model(name))]}
+    return {"data": [alias_out(alias) for alias in aliases.of_model(services.get_model(name))]}
 
 
 @models.put("/models/<name>/aliases/<alias>")
@@ -120,7 +119,7 @@ def list_aliases(name: str) -> dict[str, Any]:
 @Operation(AliasOut, headers=IfMatch, body=AliasIn, errors=(Conflict, PreconditionFailed), sends=ETAG)
 def set_alias(name: str, alias: str, headers: IfMatch, body: AliasIn) -> Tagged:
     """Point an alias to a version; production and canary are moved by deployments only."""
-    return with_etag(alias_out(deployments.set_alias(name, alias, body.version, headers.revision)))
+    return with_etag(alias_out(aliases.set_own(name, alias, body.version, headers.revision)))
 
 
 @models.delete("/models/<name>/aliases/<alias>")
@@ -128,7 +127,7 @@ def set_alias(name: str, alias: str, headers: IfMatch, body: AliasIn) -> Tagged:
 @Operation(None, 204, errors=(Conflict,))
 def delete_alias(name: str, alias: str) -> Response:
     """Remove an alias."""
-    deployments.delete_alias(name, alias)
+    aliases.delete_own(name, alias)
     return Response(status=204)
 
 
@@ -165,7 +164,7 @@ def deploy(name: str, headers: IfMatch, body: DeploymentIn) -> Response:
         reason=body.reason,
         force=body.force,
         may_force=role_allows("admin"),
-        warm=timedelta(seconds=_settings().warm_s),
+        warm=_settings().warm,
         revision=headers.revision,
     )
     response = jsonify(deployment_out(deployment))
@@ -203,10 +202,6 @@ def list_artifacts(query: ArtifactQuery) -> dict[str, Any]:
 def _bounded(number: int) -> int:
     """No number of ours is above; a database would refuse what does not fit its column."""
     return min(number, MAX_NUMBER + 1)
-
-
-def _aliases(model: Model) -> list[Alias]:
-    return deployments.aliases_of([model])[model.id]
 
 
 def _serving() -> ServingState:

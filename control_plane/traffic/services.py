@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import select
 
 from control_plane.extensions import db
-from control_plane.registry.deployments import aliases_of
+from control_plane.registry.aliases import of_model
 from control_plane.registry.services import get_model
 from control_plane.registry.tables import CANARY, PRODUCTION, UP_TO_DATE, Alias, Deployment, Model
 from control_plane.traffic.counts import figures, total_of
@@ -58,7 +58,7 @@ def window_since(began_s: float, now_s: float) -> Window:
 def compare(recorder: TrafficRecorder, name: str, minutes: int) -> dict[str, Any]:
     """Raises NotFound. ``is_complete``: Redis answered; without it there is only what waits to be stored there."""
     model = get_model(name)
-    aliases = {alias.name: alias for alias in aliases_of([model])[model.id]}
+    aliases = {alias.name: alias for alias in of_model(model)}
     now_s = time.time()
     windows = {"recent": window_since(now_s - (minutes - 1) * MINUTE_S, now_s)}
     if CANARY in aliases:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.moves import Streams
 from control_plane.client import ControlPlane
 from control_plane.registry import model_processes
 from control_plane.registry.routing import TTL_S as TABLE_TTL_S
@@ -49,46 +49,8 @@ def chat(stack: Stack, llmos: ControlPlane) -> Iterator[str]:
     wait_for(lambda: stack.stub_pid(MODEL, 1) is None, 30, "end of the model")
 
 
-class Load:
-    """Clients that stream without a pause; every answer is checked for its end."""
-
-    def __init__(self, stack: Stack, num_streams: int = NUM_STREAMS) -> None:
-        self._stack = stack
-        self._stopped = threading.Event()
-        self.answers: list[tuple[float, int]] = []
-        self.errors: list[str] = []
-        self._threads = [threading.Thread(target=self._stream) for _ in range(num_streams)]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
-
-    def last_start(self, version: int) -> float:
-        """When the last request began that this version answered."""
-        return max((at for at, found in self.answers if found == version), default=0.0)
-
-    def _stream(self) -> None:
-        body = {"model": MODEL, "prompt": "The import", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-        headers = {"Authorization": f"Bearer {self._stack.api_key}"}
-        with httpx.Client(base_url=self._stack.web_url, headers=headers, timeout=60, trust_env=False) as client:
-            while not self._stopped.is_set():
-                began_at = time.monotonic()
-                try:
-                    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-                        lines = [line for line in response.iter_lines() if line]
-                except httpx.HTTPError as error:
-                    self.errors.append(repr(error))
-                    continue
-                if response.status_code != 200 or lines[-1] != "data: [DONE]" or '"error"' in lines[-2]:
-                    self.errors.append(f"{response.status_code}: {lines[-2:]}")
-                    continue
-                self.answers.append((began_at, int(response.headers["X-Model-Version"])))
+def load(stack: Stack, num_clients: int = NUM_STREAMS) -> Streams:
+    return Streams(stack.web_url, stack.api_key, MODEL, num_clients)
 
 
 def state_of(llmos: ControlPlane, number: int) -> str:
@@ -113,21 +75,21 @@ def put_on_standby(llmos: ControlPlane, number: int) -> None:
 
 
 def test_every_step_under_load_loses_no_request(stack: Stack, chat: str, llmos: ControlPlane) -> None:
-    with Load(stack) as load:
+    with load(stack) as streams:
         canary = stack.llmos("canary", chat, "2", "--weight", "20")
         assert canary.returncode == 0, canary.stderr
         assert "version 2 gets 20 % of the requests" in canary.stdout
-        began_at = len(load.answers)
-        wait_for(lambda: len(load.answers) - began_at > 200, 60, "200 answers beside a canary")
-        assert {version for _, version in load.answers[began_at:]} == {1, 2}
+        began_at = len(streams.answers)
+        wait_for(lambda: len(streams.answers) - began_at > 200, 60, "200 answers beside a canary")
+        assert {version for _, version in streams.answers[began_at:]} == {1, 2}
         for command in (("promote", chat, "2"), ("rollback", chat), ("promote", chat, "2"), ("rollback", chat)):
             wait_loaded(llmos, 2)
             moved = stack.llmos(*command)
             assert moved.returncode == 0, moved.stderr
             moved_at, before = time.monotonic(), 2 if command[0] == "rollback" else 1
             time.sleep(1)
-            assert load.last_start(before) < moved_at + TABLE_TTL_S, "no request goes to the version before"
-    assert load.errors == []
+            assert streams.last_start(before) < moved_at + TABLE_TTL_S, "no request goes to the version before"
+    assert streams.errors == []
     shown = stack.llmos("models", "show", chat).stdout
     for expected in ("production", "Loaded", "tokens compared", "rollback", "canary 20 %", "UpToDate"):
         assert expected in shown
@@ -196,13 +158,13 @@ def test_a_version_that_cannot_be_loaded_is_blocked_with_its_reason_and_the_old_
     content = graph.read_bytes()
     graph.write_bytes(content[:-1])
     try:
-        with Load(stack, 4) as load:
+        with load(stack, 4) as streams:
             refused = stack.llmos("promote", chat, "2")
     finally:
         graph.write_bytes(content)
     assert refused.returncode == 1
     assert "BlockedByFailedLoad" in refused.stderr and digest in refused.stderr and "model.onnx" in refused.stderr
-    assert load.errors == [] and production(llmos) == 1
+    assert streams.errors == [] and production(llmos) == 1
     assert llmos.deployments(chat)[0]["state"] == "BlockedByFailedLoad"
     assert stack.llmos("status").returncode == 0
 
@@ -250,11 +212,11 @@ def test_triton_killed_between_load_and_move_serves_it_afterwards(stack: Stack, 
 def test_a_version_folder_deleted_by_hand_is_put_back(stack: Stack, chat: str, llmos: ControlPlane) -> None:
     folder = stack.settings.model_repository / chat / "1"
     wait_loaded(llmos, 1)
-    with Load(stack, 4) as load:
+    with load(stack, 4) as streams:
         shutil.rmtree(folder)
         wait_for(lambda: (folder / "manifest.json").is_file(), 30, "the folder")
         wait_loaded(llmos, 1)
-    assert load.errors == []
+    assert streams.errors == []
 
 
 def test_forcing_needs_a_reason_that_stays_in_the_history(stack: Stack, chat: str, llmos: ControlPlane) -> None:

@@ -42,6 +42,7 @@ def upgrade() -> None:
         sa.Column("weight", sa.Double(), nullable=True),
         sa.Column("overridden", sa.JSON(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=True),
+        sa.Column("job_id", sa.String(length=32), nullable=True),
         sa.Column("state", sa.String(length=32), nullable=False),
         sa.Column("failure_reason", sa.String(length=64), nullable=True),
         sa.Column("failure_message", sa.Text(), nullable=True),
@@ -54,6 +55,7 @@ def upgrade() -> None:
             ["previous_version_id"], ["versions.id"], name="fk_deployments_previous_version_id_versions"
         ),
         sa.PrimaryKeyConstraint("id", name="pk_deployments"),
+        sa.UniqueConstraint("job_id", name="uq_deployments_job_id"),
     )
     op.create_index("ix_deployments_model_id", "deployments", ["model_id", "id"])
     op.create_index("ix_deployments_state", "deployments", ["state"])
@@ -71,6 +73,7 @@ def upgrade() -> None:
             ["version_id"], ["versions.id"], name="fk_evaluations_version_id_versions", ondelete="CASCADE"
         ),
         sa.PrimaryKeyConstraint("id", name="pk_evaluations"),
+        sa.UniqueConstraint("job_id", "suite", name="uq_evaluations_job_id"),
     )
     op.create_index("ix_evaluations_version_id", "evaluations", ["version_id"])
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import redis
 import sqlalchemy
 
@@ -85,3 +88,22 @@ class Redis:
                 return bool(client.ping())
         except redis.RedisError:
             return False
+
+
+@contextmanager
+def web_server(environment: dict[str, str], port: int, log: Path) -> Iterator[str]:
+    """A gunicorn with the application of slow_app.py, by its URL."""
+    command = [sys.executable, "-m", "gunicorn", "tests.integration.control_plane.slow_app:app"]
+    options = ["--worker-class=gthread", "--workers=1", "--threads=16", f"--bind=127.0.0.1:{port}"]
+    process = Process([*command, *options], environment, log)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/health/live").status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    wait_for(answers, 30, "start of gunicorn")
+    yield url
+    process.stop()

@@ -15,7 +15,7 @@ import pytest
 from control_plane.client import ApiError, ControlPlane
 from control_plane.settings import PROJECT_ROOT
 
-from .processes import Process, wait_for
+from .processes import web_server
 
 pytestmark = pytest.mark.integration
 
@@ -47,20 +47,8 @@ def admin(llmos) -> str:
 
 @pytest.fixture
 def url(environment, settings, tmp_path, redis_process, admin) -> Iterator[str]:
-    command = [sys.executable, "-m", "gunicorn", "tests.integration.control_plane.slow_app:app"]
-    threads = ["--worker-class=gthread", "--workers=1", "--threads=16", f"--bind=127.0.0.1:{settings.web_port}"]
-    process = Process([*command, *threads], environment, tmp_path / "web.log")
-    url = f"http://127.0.0.1:{settings.web_port}"
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/health/live").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    wait_for(answers, 30, "start of gunicorn")
-    yield url
-    process.stop()
+    with web_server(environment, settings.web_port, tmp_path / "web.log") as url:
+        yield url
 
 
 def test_keys_are_made_listed_and_revoked_over_the_api(llmos, admin, url):

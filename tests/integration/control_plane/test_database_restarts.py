@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from control_plane.client import ControlPlane
 from control_plane.jobs import mending, runner
 from control_plane.jobs.tables import SUCCEEDED
 
-from .processes import Process, wait_for
+from .processes import wait_for, web_server
 from .running_jobs import child_pid, lines
 
 pytestmark = pytest.mark.integration
@@ -37,20 +36,8 @@ def restarted(postgresql):
 
 @pytest.fixture
 def web(app, environment, settings, tmp_path) -> Iterator[str]:
-    command = [sys.executable, "-m", "gunicorn", "tests.integration.control_plane.slow_app:app"]
-    threads = ["--worker-class=gthread", "--threads=16", f"--bind=127.0.0.1:{settings.web_port}"]
-    process = Process([*command, *threads], environment, tmp_path / "web.log")
-    url = f"http://127.0.0.1:{settings.web_port}"
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/health/live").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    wait_for(answers, 30, "start of gunicorn")
-    yield url
-    process.stop()
+    with web_server(environment, settings.web_port, tmp_path / "web.log") as url:
+        yield url
 
 
 @pytest.fixture

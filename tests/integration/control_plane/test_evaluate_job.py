@@ -18,7 +18,7 @@ from control_plane.errors import Conflict
 from control_plane.extensions import db
 from control_plane.jobs import runner
 from control_plane.jobs.tables import SUCCEEDED
-from control_plane.registry import deployments, model_directory, services, serving_state
+from control_plane.registry import aliases, deployments, model_directory, services, serving_state
 from control_plane.registry.places import Place
 from control_plane.registry.serving_state import LOADED, ModelState, ServingState
 from control_plane.registry.tables import Evaluation
@@ -47,7 +47,7 @@ def app(settings: Settings, llama_version: Path) -> Flask:
     with app.app_context():
         artifact_store(settings).put(llama_version)
         services.register("chat", llama_version)
-        deployments.set_alias("chat", "stable", 1)
+        aliases.set_own("chat", "stable", 1)
     return app
 
 
@@ -115,7 +115,7 @@ def test_a_version_that_was_found_stays_the_one_when_the_alias_moves(
         other = shutil.copytree(llama_version, tmp_path / "other")
         (other / "manifest.json").write_text(json.dumps(json.loads((other / "manifest.json").read_text())))
         services.register("chat", other)
-        deployments.set_alias("chat", "stable", 2)
+        aliases.set_own("chat", "stable", 2)
     missing.write_text(TEXT)
     assert jobs.again(job).state == SUCCEEDED
     with app.app_context():
@@ -135,7 +135,7 @@ def test_what_cannot_be_evaluated_says_why(app: Flask, jobs: JobRuns, data: str,
     assert "model 'none' does not exist" in reason(jobs.run("evaluate", name="none", suite="certificate"))
     assert "has no certificate" in reason(jobs.run("evaluate", name="chat", suite="certificate"))
     with app.app_context():
-        deployments.delete_alias("chat", "stable")
+        aliases.delete_own("chat", "stable")
         deployments.retire("chat", 1)
     assert "is retired" in reason(jobs.run("evaluate", name="chat", suite="perplexity", data=data))
     assert recorded(app) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 
@@ -13,30 +12,18 @@ from control_plane import create_app
 from control_plane.auth.services import create_key
 from control_plane.triton_fake import FakeTriton
 
-from .processes import Process, wait_for
+from .processes import wait_for, web_server
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
 def web(environment, settings, tmp_path) -> Iterator[httpx.Client]:
-    url = f"http://127.0.0.1:{settings.web_port}"
-    command = [sys.executable, "-m", "gunicorn", "tests.integration.control_plane.slow_app:app"]
-    threads = ["--worker-class=gthread", "--workers=1", "--threads=16", f"--bind=127.0.0.1:{settings.web_port}"]
-    process = Process([*command, *threads], environment, tmp_path / "web.log")
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/health/live").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    wait_for(answers, 30, "start of gunicorn")
-    with create_app(settings, FakeTriton({})).app_context():
-        key = create_key("test", "developer")
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
-        yield client
-    process.stop()
+    with web_server(environment, settings.web_port, tmp_path / "web.log") as url:
+        with create_app(settings, FakeTriton({})).app_context():
+            key = create_key("test", "developer")
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
+            yield client
 
 
 def stream(web: httpx.Client, **body):

@@ -23,7 +23,7 @@ from control_plane.auth.users import create_user
 from control_plane.extensions import db, now
 from control_plane.jobs.services import JOB_ID
 from control_plane.jobs.tables import FAILED, Job, JobEvent
-from control_plane.registry import deployments, services, serving_state
+from control_plane.registry import aliases, deployments, services, serving_state
 from control_plane.registry.adapters import ADAPTER as ADAPTERS
 from control_plane.registry.model_directory import NAME
 from control_plane.registry.places import Place
@@ -112,7 +112,7 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
             seal(folder, {"checkpoint": "tiny"}, {})
             services.register(MODEL, folder)
         deployments.adopt_production(MODEL, 1)
-        deployments.set_alias(MODEL, "stable", 1)
+        aliases.set_own(MODEL, "stable", 1)
         deployments.deploy(MODEL, "canary", serving, number=2, weight=10.0)
         services.record_evaluation(MODEL, 2, "perplexity", {"bits": 1.0}, data=None, job_id=JOB, actor="system")
         create_user(MODEL, "a long enough password", "viewer")

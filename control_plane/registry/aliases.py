@@ -1,0 +1,102 @@
+"""Aliases: names that point to a version. Production and canary are moved by deployments, all others by people.
+
+An alias's ``revision`` counts its moves; whoever moves one may name the revision that they have read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import joinedload
+
+from control_plane.auth import audit
+from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
+from control_plane.extensions import db, now
+from control_plane.registry.services import get_model, get_version
+from control_plane.registry.tables import CANARY, PRODUCTION, Alias, Model, Version
+
+RESERVED = (PRODUCTION, CANARY)
+ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
+"""Not a number: chat@3 is a version."""
+
+
+def set_own(name: str, alias_name: str, number: int, revision: int | None = None) -> Alias:
+    """Point an alias of a person's own to a version. Raises BadRequest, NotFound, Conflict, PreconditionFailed."""
+    _check_name(alias_name)
+    model, version = get_model(name), get_version(name, number)
+    alias = find(model, alias_name)
+    if revision is not None and revision != (alias.revision if alias else 0):
+        raise PreconditionFailed(f"alias {alias_name!r} was changed by somebody else meanwhile; read it again")
+    point(model, alias_name, version, None)
+    audit.record("alias.set", f"{name}@{alias_name}", version=number)
+    try:
+        db.session.commit()
+    except IntegrityError:
+        db.session.rollback()
+        raise Conflict(f"alias {alias_name!r} was made by somebody else at the same time; read it again") from None
+    found = find(model, alias_name)
+    assert found is not None
+    return found
+
+
+def delete_own(name: str, alias_name: str) -> None:
+    """Remove an alias of a person's own. Raises NotFound, Conflict for those that deployments move."""
+    _refuse_reserved(alias_name)
+    model = get_model(name)
+    alias = find(model, alias_name) if ALIAS.fullmatch(alias_name) else None
+    if alias is None:
+        raise NotFound(f"model {name!r} has no alias {alias_name!r:.100}; GET /api/v1/models/{name} shows those it has")
+    db.session.delete(alias)
+    audit.record("alias.delete", f"{name}@{alias_name}")
+    db.session.commit()
+
+
+def of_models(models: Iterable[Model]) -> dict[int, list[Alias]]:
+    """Aliases by the id of their model, by name."""
+    ids = [model.id for model in models]
+    found: dict[int, list[Alias]] = {model_id: [] for model_id in ids}
+    query = select(Alias).where(Alias.model_id.in_(ids)).order_by(Alias.name).options(joinedload(Alias.version))
+    for alias in db.session.scalars(query):
+        found[alias.model_id].append(alias)
+    return found
+
+
+def of_model(model: Model) -> list[Alias]:
+    """By name."""
+    return of_models([model])[model.id]
+
+
+def find(model: Model, alias_name: str) -> Alias | None:
+    return db.session.scalar(select(Alias).where(Alias.model_id == model.id, Alias.name == alias_name))
+
+
+def point(model: Model, alias_name: str, version: Version, weight: float | None) -> None:
+    """Move an alias, or make it, in the current transaction; ``weight`` is the canary's share in percent."""
+    alias = find(model, alias_name)
+    if alias is None:
+        db.session.add(Alias(model_id=model.id, name=alias_name, version_id=version.id, weight=weight))
+        return
+    alias.version_id, alias.weight, alias.updated_at = version.id, weight, now()
+    alias.revision += 1
+
+
+def remove(model: Model, names: Sequence[str], *conditions: ColumnElement[bool]) -> None:
+    """Remove those that also meet ``conditions``, in the current transaction."""
+    db.session.execute(delete(Alias).where(Alias.model_id == model.id, Alias.name.in_(names), *conditions))
+
+
+def _check_name(alias_name: str) -> None:
+    if not ALIAS.fullmatch(alias_name):
+        raise BadRequest(
+            f"alias {alias_name!r:.100} is not allowed; expected 1 to 64 lower-case letters, digits, '.', '_' and '-', "
+            "beginning with a letter"
+        )
+    _refuse_reserved(alias_name)
+
+
+def _refuse_reserved(alias_name: str) -> None:
+    if alias_name in RESERVED:
+        raise Conflict(f"alias {alias_name!r} is moved by deployments only; POST …/deployments")
