@@ -14,7 +14,7 @@ from control_plane.errors import Conflict, ControlPlaneError, ModelNotReady, Una
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import serving_state
-from control_plane.registry.model_directory import installed_folder
+from control_plane.registry.model_directory import find_files
 from control_plane.registry.params import ModelName, Text
 from control_plane.registry.services import record_evaluation, recorded_evaluation, resolve_version
 from control_plane.registry.serving_state import LOADED
@@ -134,14 +134,9 @@ def _ask_endpoint(run: JobRun) -> dict[str, Any]:
 
 def _folder(run: JobRun) -> Path:
     """Where the version lies: installed, or else fetched into the job's folder."""
-    found = run.results["find"]
-    installed = installed_folder(run.settings.model_repository, found["model"], found["version"], found["digest"])
-    if installed is not None:
-        return installed
-    target = run.folder / "version"
-    if not target.exists():  # It appears whole.
-        artifact_store(run.settings).get(found["digest"], target)
-    return target
+    found, settings = run.results["find"], run.settings
+    repository, store, spare = settings.model_repository, artifact_store(settings), run.folder / "version"
+    return find_files(repository, store, found["model"], found["version"], found["digest"], spare)
 
 
 def _measured(finished: ChildEvent | None, limit: int | None) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import adapters
 from control_plane.registry.aliases import of_model
-from control_plane.registry.model_directory import is_sealed
+from control_plane.registry.model_directory import find_files, is_sealed
+from control_plane.registry.params import ModelName, Text
 from control_plane.registry.services import get_model, get_version
-from control_plane.registry.steps import ModelName, Text
 from triton_backend.version_folder import digest
 
 
@@ -51,8 +51,8 @@ def convert(run: JobRun) -> Mapping[str, Any]:
     if not is_sealed(out):
         shutil.rmtree(out, ignore_errors=True)
         settings, version = run.settings, get_version(params.model, run.results["choose"]["version"])
-        store, spare = artifact_store(settings), run.folder / "version"
-        folder = adapters.version_folder(settings.model_repository, store, params.model, version, spare)
+        repository, store, spare = settings.model_repository, artifact_store(settings), run.folder / "version"
+        folder = find_files(repository, store, params.model, version.number, version.digest, spare)
         options = [f"--name={params.adapter}", *(["--other-base"] if params.other_base else [])]
         run.child("exporters.adapters", *options, "--", params.peft_folder, str(folder), str(out))
     return {"digest": digest(out)}

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from control_plane import durable_folders
-from control_plane.artifacts import ArtifactStore
 from control_plane.errors import BadRequest, Conflict, NotFound
-from control_plane.registry.model_directory import ADAPTERS, folder_of, size_bytes
-from control_plane.registry.places import possible_places
+from control_plane.registry.model_directory import ADAPTERS, size_bytes
 from control_plane.registry.services import get_version
 from control_plane.registry.tables import PRODUCTION, Alias, Model, Version
 from triton_backend.errors import VersionFolderError
-from triton_backend.version_folder import MANIFEST_JSON, digest, read_manifest
+from triton_backend.version_folder import digest, read_manifest
 
 ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """As the engine reads names of adapters."""
@@ -65,17 +63,6 @@ def check_adapter_name(name: str) -> str:
             "beginning with a letter or digit"
         )
     return name
-
-
-def version_folder(repository: Path, store: ArtifactStore, name: str, version: Version, spare: Path) -> Path:
-    """Where the files of ``version`` lie: installed, or else fetched into ``spare``. Raises NotFound, ArtifactError."""
-    for place in possible_places(name, version.number):
-        folder = folder_of(repository, place)
-        if (folder / MANIFEST_JSON).is_file() and digest(folder) == version.digest:
-            return folder
-    if not spare.exists():
-        store.get(version.digest, spare)
-    return spare
 
 
 def install_adapter(folder: Path, repository: Path, model: str, name: str) -> None:

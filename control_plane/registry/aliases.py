@@ -28,8 +28,7 @@ def set_own(name: str, alias_name: str, number: int, revision: int | None = None
     _check_name(alias_name)
     model, version = get_model(name), get_version(name, number)
     alias = find(model, alias_name)
-    if revision is not None and revision != (alias.revision if alias else 0):
-        raise PreconditionFailed(f"alias {alias_name!r} was changed by somebody else meanwhile; read it again")
+    check_revision(f"{name}@{alias_name}", alias, revision)
     point(model, alias_name, version, None)
     audit.record("alias.set", f"{name}@{alias_name}", version=number)
     try:
@@ -71,6 +70,15 @@ def of_model(model: Model) -> list[Alias]:
 
 def find(model: Model, alias_name: str) -> Alias | None:
     return db.session.scalar(select(Alias).where(Alias.model_id == model.id, Alias.name == alias_name))
+
+
+def check_revision(shown: str, alias: Alias | None, expected: int | None) -> None:
+    """Raises PreconditionFailed unless the alias is where it was when it was read; an ``expected`` None is any."""
+    found = alias.revision if alias else 0
+    if expected not in (None, found):
+        raise PreconditionFailed(
+            f"{shown} is at revision {found}, If-Match expects {expected}: somebody else was faster; read it again"
+        )
 
 
 def point(model: Model, alias_name: str, version: Version, weight: float | None) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import joinedload
 
 from control_plane.auth import audit
-from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, PreconditionFailed
+from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound
 from control_plane.extensions import db, now
 from control_plane.registry import aliases, gate
 from control_plane.registry.desired import ModelIntent
@@ -77,8 +77,7 @@ def deploy(
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(KINDS)}")
     model = get_model(name)
     production, canary = aliases.find(model, PRODUCTION), aliases.find(model, CANARY)
-    if revision is not None and revision != (production.revision if production else 0):
-        raise PreconditionFailed(f"what model {name!r} serves was changed by somebody else meanwhile; read it again")
+    aliases.check_revision(f"{name}@{PRODUCTION}", production, revision)
     version = _target(model, kind, number, production, canary)
     _check(kind, version, weight, production)
     # What was served before, and the canary that there is, went through the gate then.

@@ -113,10 +113,18 @@ def ensure_installed(repository: Path, store: ArtifactStore, place: Place, wante
     store.get(wanted, target)
 
 
-def installed_folder(repository: Path, name: str, number: int, wanted: str) -> Path | None:
-    """Where a version with digest ``wanted`` is installed; None if it is not."""
-    folders = (folder_of(repository, place) for place in possible_places(name, number))
-    return next((folder for folder in folders if _digest_of(folder) == wanted), None)
+def find_files(repository: Path, store: ArtifactStore, name: str, number: int, wanted: str, spare: Path) -> Path:
+    """A folder with the files of a version: where it is installed, or else ``spare``, into which it is fetched once.
+
+    Raises NotFound or ArtifactError.
+    """
+    for place in possible_places(name, number):
+        folder = folder_of(repository, place)
+        if _digest_of(folder) == wanted:
+            return folder
+    if not spare.exists():  # It appears whole.
+        store.get(wanted, spare)
+    return spare
 
 
 def remove_version(repository: Path, place: Place) -> None:

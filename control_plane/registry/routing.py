@@ -75,7 +75,9 @@ class Router:
         if separator:
             return self._exact(table, model, wanted, aliases)
         if PRODUCTION not in aliases:
-            raise NotFound(f"model {name!r:.200} does not exist; GET /v1/models lists those that do")
+            raise NotFound(
+                f"model {name!r:.200} does not exist, or has no production version; GET /v1/models lists those that do"
+            )
         if CANARY in aliases and self._is_drawn(table.weights.get(model, 0.0), model, affinity):
             canary = _loaded(table.serving, model, aliases[CANARY])
             # A canary that is not there costs nobody an answer.

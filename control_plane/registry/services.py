@@ -186,7 +186,9 @@ def edit_model(name: str, changes: Mapping[str, Any], revision: int | None) -> M
     )
     if not changed.rowcount:  # type: ignore[attr-defined]
         db.session.rollback()
-        raise PreconditionFailed(f"model {name!r} was changed by somebody else meanwhile; read it again")
+        raise PreconditionFailed(
+            f"model {name!r} is not at revision {expected} any more: somebody else changed it meanwhile; read it again"
+        )
     audit.record("model.edit", name, **changes)
     db.session.commit()
     db.session.refresh(model)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 
 from control_plane import create_app
+from control_plane.auth import hashes
+from control_plane.auth.hashes import Passwords
 from control_plane.auth.services import create_key
+from control_plane.client import ControlPlane
 from control_plane.extensions import db
 from control_plane.registry.places import Place
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
 from tests.contract import watched
 from tests.served import say_loaded, serve
+
+PASSWORD = "correct horse battery"
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +77,32 @@ def client(app, api_key):
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {api_key}"
     return client
+
+
+@pytest.fixture(autouse=True)
+def quick_hashes(monkeypatch):
+    monkeypatch.setattr(hashes, "MEMORY_KIB", 64)
+    monkeypatch.setattr(hashes, "TIME_COST", 1)
+    monkeypatch.setattr(hashes, "NOBODY", Passwords().hash("thrown away at once"))
+
+
+@pytest.fixture
+def admin(app):
+    with app.app_context():
+        key = create_key("admin", "admin")
+    return ControlPlane("http://llmos", key, transport=httpx.WSGITransport(app))
+
+
+@pytest.fixture
+def sign_in(app, admin):
+    """A browser of somebody who is signed in, and the header of what it changes."""
+
+    def sign_in(name: str = "ada", role: str = "admin"):
+        if name not in [user["name"] for user in admin.users()]:
+            admin.create_user(name, PASSWORD, role)
+        browser = app.test_client()
+        answer = browser.post("/api/v1/session", json={"name": name, "password": PASSWORD})
+        assert answer.status_code == 201, answer.text
+        return browser, {"X-CSRF-Token": answer.json["csrf_token"]}
+
+    return sign_in

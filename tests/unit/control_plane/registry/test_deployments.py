@@ -216,7 +216,7 @@ def test_two_people_cannot_promote_over_each_other(chat, llmos, say):
     say(LOADED, Place("chat", 1), Place("chat.canary", 2))
     revision = llmos.model("chat")["aliases"][0]["revision"]
     llmos.deploy("chat", "promote", 2, revision=revision)
-    refused(llmos, 412, "by somebody else meanwhile", "chat", "rollback", revision=revision)
+    refused(llmos, 412, "chat@production is at revision 2, If-Match expects 1", "chat", "rollback", revision=revision)
 
 
 def test_a_retired_version_is_not_served_and_a_served_one_not_retired(chat, llmos, say):
@@ -234,7 +234,7 @@ def test_a_retired_version_is_not_served_and_a_served_one_not_retired(chat, llmo
 def test_aliases_of_ones_own_point_anywhere_and_those_of_deployments_are_moved_by_them(chat, llmos):
     assert llmos.set_alias("chat", "stable", 1)["revision"] == 1
     assert llmos.set_alias("chat", "stable", 2, revision=1)["version"] == 2
-    with pytest.raises(ApiError, match="by somebody else"):
+    with pytest.raises(ApiError, match="chat@stable is at revision 2, If-Match expects 1"):
         llmos.set_alias("chat", "stable", 1, revision=1)
     assert aliases(llmos) == {"production": 1, "stable": 2}
     for name, said in (
