@@ -33,6 +33,14 @@ def register_installed(settings: Settings) -> list[str]:
         return served_models()
 
 
+def has_models(settings: Settings) -> bool:
+    """Whether the registry knows any model, served or not."""
+    from control_plane.registry.services import find_models
+
+    with _application(settings):
+        return bool(find_models(None, None, 1))
+
+
 def create_first_key(settings: Settings) -> str | None:
     """The plain text of an administrator's key, if there is no key at all yet."""
     from sqlalchemy import select

@@ -32,9 +32,13 @@ class NotReady(ControlPlaneError):
 
 
 def wait_until_ready(
-    settings: Settings, model: str, supervisord: subprocess.Popen[bytes], screen: Screen, timeout_s: float = TIMEOUT_S
+    settings: Settings,
+    model: str | None,
+    supervisord: subprocess.Popen[bytes],
+    screen: Screen,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """Return when all parts answer; raises NotReady with the end of the culprit's log."""
+    """Return when all parts answer, and ``model``, if any; raises NotReady with the end of the culprit's log."""
     waiting = _checks(settings, model)
     watch = _CrashWatch(settings)
     started_at = time.monotonic()
@@ -47,7 +51,7 @@ def wait_until_ready(
             if supervisord.poll() is not None:
                 raise _failure(settings, "supervisord", "ended")
             watch.check()
-            state = serving_state.read(settings).models.get(model)
+            state = None if model is None else serving_state.read(settings).models.get(model)
             if state is not None and state.state == FAILED_TO_LOAD and waiting:
                 raise _failure(settings, "triton", f"could not load {model}: {state.message}")
             if time.monotonic() - started_at > timeout_s:
@@ -57,14 +61,14 @@ def wait_until_ready(
             time.sleep(POLL_S if waiting else 0)
 
 
-def _checks(settings: Settings, model: str) -> dict[str, Callable[[], bool]]:
+def _checks(settings: Settings, model: str | None) -> dict[str, Callable[[], bool]]:
     def model_is_loaded() -> bool:
-        state = serving_state.read(settings).models.get(model)
+        state = serving_state.read(settings).models.get(model or "")
         return state is not None and state.state == LOADED
 
     checks: dict[str, Callable[[], bool]] = {
         "triton": lambda: serving_state.read(settings).triton_is_reachable,
-        f"model {model}": model_is_loaded,
+        **({} if model is None else {f"model {model}": model_is_loaded}),
         "web": lambda: _web_is_live(settings),
         "worker": lambda: redis_server.is_ready(settings) and _worker_answers(settings),
     }

@@ -100,8 +100,8 @@ def _up(settings: Settings, screen: Screen, detach: bool) -> None:
                 take_down(settings)
 
 
-def _prepare(settings: Settings, screen: Screen) -> str:
-    """Everything before the first process; returns the model to wait for."""
+def _prepare(settings: Settings, screen: Screen) -> str | None:
+    """Everything before the first process; returns the model to wait for, None if everything was withdrawn."""
     preflight.check(settings)
     screen.done("preflight")
     started_at = time.monotonic()
@@ -113,12 +113,13 @@ def _prepare(settings: Settings, screen: Screen) -> str:
     with screen.step("bring the database up to date"):
         database.upgrade(settings)
     served = _register(settings, screen)
-    if not served:
+    if not served and not database.has_models(settings):
         starter.make_starter(settings, screen)
         served = _register(settings, screen)
-    if not served:
-        raise ControlPlaneError(f"what lies in {settings.model_repository} cannot be registered; see the lines above")
-    return settings.starter_model if settings.starter_model in served else served[0]
+        if not served:
+            where = settings.model_repository
+            raise ControlPlaneError(f"the starter in {where} cannot be registered; see the lines above")
+    return settings.starter_model if settings.starter_model in served else next(iter(served), None)
 
 
 def _register(settings: Settings, screen: Screen) -> list[str]:
@@ -126,7 +127,28 @@ def _register(settings: Settings, screen: Screen) -> list[str]:
         return database.register_installed(settings)
 
 
-def _welcome(settings: Settings, screen: Screen, model: str) -> None:
+def _welcome(settings: Settings, screen: Screen, model: str | None) -> None:
+    if model is None:
+        answer = "No model is served: llmos models list shows what there is, llmos promote MODEL VERSION serves it."
+    else:
+        answer = report.PROMPT + _generate(settings, model)
+    # Made last: it is shown once, and should not scroll away with an error.
+    key = database.create_first_key(settings)
+    database.ensure_local_key(settings)
+    screen.line()
+    screen.line(answer)
+    screen.line()
+    for line in report.url_lines(settings):
+        screen.line(line)
+    if key is not None:
+        screen.line(f"  {'admin API key':<15} {key}   (shown this once; llmos keys create makes more)")
+    screen.line()
+    for line in report.example_lines(settings, model or "MODEL", key):
+        screen.line(line)
+    screen.line()
+
+
+def _generate(settings: Settings, model: str) -> str:
     from control_plane.triton import GenerateCall, connect
 
     triton = connect(settings)
@@ -135,20 +157,7 @@ def _welcome(settings: Settings, screen: Screen, model: str) -> None:
         answer = triton.generate(GenerateCall(model, text=report.PROMPT, sampling=sampling), timeout_s=60)
     finally:
         triton.close()
-    # Made last: it is shown once, and should not scroll away with an error.
-    key = database.create_first_key(settings)
-    database.ensure_local_key(settings)
-    screen.line()
-    screen.line(f"{report.PROMPT}{answer.outputs[0].text}")
-    screen.line()
-    for line in report.url_lines(settings):
-        screen.line(line)
-    if key is not None:
-        screen.line(f"  {'admin API key':<15} {key}   (shown this once; llmos keys create makes more)")
-    screen.line()
-    for line in report.example_lines(settings, model, key):
-        screen.line(line)
-    screen.line()
+    return answer.outputs[0].text
 
 
 def _wait(settings: Settings, supervisord: subprocess.Popen[bytes]) -> None:

@@ -126,6 +126,20 @@ def test_up_takes_down_what_a_killed_launcher_left_and_starts_again(installation
     installation.assert_nothing_is_left()
 
 
+def test_up_starts_when_every_model_was_withdrawn_and_serves_what_is_promoted_then(installation: Installation) -> None:
+    def run(*arguments: str) -> str:
+        done = llmos(installation.env, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("up", "--detach")
+    run("withdraw", MODEL)
+    run("down")
+    assert "No model is served" in run("up", "--detach")
+    assert "version 1 is production" in run("promote", MODEL, "1")
+    wait_for(lambda: llmos(installation.env, "generate", MODEL, "The").returncode == 0, 30, "an answer")
+
+
 def test_taken_ports_are_all_named_with_their_owner(installation: Installation) -> None:
     taken = [installation.settings.web_port, installation.settings.triton_grpc_port]
     with closing(socket.socket()) as first, closing(socket.socket()) as second:
