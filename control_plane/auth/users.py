@@ -108,7 +108,9 @@ def edit_user(name: str, edit: UserEdit, revision: int | None) -> User:
         db.session.rollback()
         if get_user(name).revision == expected:
             raise Conflict(f"{name!r} is the last active administrator; make another one first")
-        raise PreconditionFailed(f"user {name!r} was changed by somebody else meanwhile; read it again")
+        raise PreconditionFailed(
+            f"user {name!r} is not at revision {expected} any more: somebody else changed it meanwhile; read it again"
+        )
     if edit.ends_sessions:
         db.session.execute(delete(UserSession).where(UserSession.user_id == user_id))
     audit.record("user.edit", name, **edit.named())

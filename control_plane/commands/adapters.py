@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+from control_plane.commands.api import AsJson, connected, follow, mib, print_json, print_table
 
 adapters = typer.Typer(help="LoRA adapters of a model, chosen per request.", no_args_is_help=True)
 Model = Annotated[str, typer.Argument(help="A model.")]
@@ -25,7 +25,7 @@ def list_adapters(model: Model, as_json: AsJson = False) -> None:
             adapter["name"],
             str(adapter["rank"] or ""),
             str(adapter["version"] or (adapter["base_digest"] or "")[:12]),
-            f"{adapter['size_bytes'] / (1 << 20):.1f}",
+            mib(adapter["size_bytes"]),
             adapter["problem"] or "",
         ]
         for adapter in found

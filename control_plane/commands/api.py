@@ -36,6 +36,11 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+def mib(size_bytes: int | None) -> str:
+    """For a column of MiB; 0.0 for a size that nobody knows."""
+    return f"{(size_bytes or 0) / (1 << 20):.1f}"
+
+
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+from control_plane.commands.api import AsJson, connected, follow, mib, print_json, print_table
 from control_plane.commands.traffic import traffic
 from control_plane.errors import BadRequest
 
@@ -192,8 +192,8 @@ def _version_cells(version: dict[str, Any] | None) -> list[str]:
     if version is None:
         return [""] * 5
     proven = {True: "yes", False: "NO", None: "not proven"}[version["passed"]]
-    mib = f"{(version['size_bytes'] or 0) / (1 << 20):.1f}"
-    return [str(version["version"]), version["precision"] or "", proven, mib, version["created_at"][:19]]
+    size = mib(version["size_bytes"])
+    return [str(version["version"]), version["precision"] or "", proven, size, version["created_at"][:19]]
 
 
 def _served(serving: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
+from control_plane.commands.api import AsJson, connected, follow, mib, print_json, print_table
 
 
 def artifacts(as_json: AsJson = False) -> None:
@@ -15,7 +15,7 @@ def artifacts(as_json: AsJson = False) -> None:
         found = llmos.artifacts()
     if as_json:
         return print_json(found)
-    rows = [[each["digest"][:12], each["kind"], _mib(each["size_bytes"]), ", ".join(each["used_by"])] for each in found]
+    rows = [[each["digest"][:12], each["kind"], mib(each["size_bytes"]), ", ".join(each["used_by"])] for each in found]
     print_table(["digest", "kind", "MiB", "needed by"], rows)
 
 
@@ -28,8 +28,4 @@ def gc(
     found = (job["result"] or {})["garbage"]
     if found:
         title = "would go" if dry_run else "removed"
-        print_table([title, "", "MiB"], [[each["kind"], each["name"], _mib(each["size_bytes"])] for each in found])
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 20):.1f}"
+        print_table([title, "", "MiB"], [[each["kind"], each["name"], mib(each["size_bytes"])] for each in found])
