@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound
+from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound, ServingError
 from control_plane.gateway.openai_format import Choice, Usage, without_tokens
 from control_plane.gateway.schemas import CompletionRequest
 from control_plane.registry.model_directory import folder_of
@@ -88,12 +88,22 @@ class Completion:
                 if choice.finish_reason is None and (output.text or output.token_ids or output.finish_reason):
                     choice.add(output)
                     yield choice
+            if response.finished:
+                self._require_finished(prompt)
+
+    def _require_finished(self, prompt: int) -> None:
+        # A model process that dies may end its streams as if they were complete.
+        if any(choice.finish_reason is None for choice in self._choices_of(prompt)):
+            raise ServingError(f"model {self._request.model!r} ended an answer in the middle; send the request again")
+
+    def _choices_of(self, prompt: int) -> list[Choice]:
+        return self._choices[prompt * self._n : (prompt + 1) * self._n]
 
     def _echo(self, prompt: int, response: GenerateResponse) -> None:
         text = self._request.prompt[prompt].text
         if text is None:
             text = "".join(token.text for token in response.prompt_tokens)
-        for choice in self._choices[prompt * self._n : (prompt + 1) * self._n]:
+        for choice in self._choices_of(prompt):
             choice.echo(text, response)
 
     def _counted(self, stream: bool) -> Generator[tuple[int, GenerateResponse], None, None]:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -196,32 +197,35 @@ def test_index_page_names_the_model_and_its_certificate(stack: Stack) -> None:
 def test_killed_model_process_gives_hung_streams_an_error(client: openai.OpenAI, stack: Stack) -> None:
     pid = stack.stub_pid()
     assert pid is not None
-    errors: list[Exception | None] = []
     started = threading.Event()
 
-    def read() -> None:
+    def read() -> tuple[set[int], Exception | None]:
+        """The sequences that were ended with a reason, and the error."""
+        ended: set[int] = set()
         try:
-            # Many sequences make the answer slow enough to be killed in the middle.
-            for _ in client.completions.create(model=stack.model, prompt=PROMPT, stream=True, n=24, **LONG):
-                if not started.is_set():
-                    os.kill(pid, signal.SIGKILL)
-                    started.set()
-            errors.append(None)
+            for chunk in client.completions.create(model=stack.model, prompt=PROMPT, stream=True, n=24, **LONG):
+                started.set()
+                ended |= {choice.index for choice in chunk.choices if choice.finish_reason}
         except openai.APIError as error:
-            errors.append(error)
+            return ended, error
+        return ended, None
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert started.wait(20)
-    killed_at = time.monotonic()
-    reader.join(30)
-    assert not reader.is_alive()
+    # More than fits into the batch: whatever a machine's speed, some wait while others are answered.
+    with ThreadPoolExecutor(8) as pool:
+        answers_read = [pool.submit(read) for _ in range(8)]
+        assert started.wait(20)
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        results = [answer.result() for answer in answers_read]
     assert time.monotonic() - killed_at < 15
+    lost = [str(error) for _, error in results if error is not None]
+    assert lost
     # A process that dies while it holds a lock in shared memory takes Triton 2.51 with it (boost lock_exception); then
     # the stream breaks at once instead of being found lost.
-    assert errors[0] is not None
-    assert "lost this request" in str(errors[0]) or "does not answer" in str(errors[0])
-    wait_for(lambda: answers(client, stack), 30, "an answer of the replaced process")
+    known = ("lost this request", "does not answer", "in the middle", "is not healthy")
+    assert all(any(text in error for text in known) for error in lost), lost
+    assert all(len(ended) == 24 for ended, error in results if error is None)
+    wait_for(lambda: answers(client, stack), 60, "an answer of the replaced process")
 
 
 def answers(client: openai.OpenAI, stack: Stack) -> bool:

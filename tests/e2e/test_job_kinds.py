@@ -49,7 +49,7 @@ def test_an_imported_checkpoint_is_published_measured_and_promoted_in_one_job(st
     (version,) = llmos.versions("oneshot")
     assert (version["aliases"], version["serving"]["state"]) == (["production"], "Loaded")
     (deployment,) = llmos.deployments("oneshot")
-    assert (deployment["state"], deployment["reason"]) == ("UpToDate", f"job {version['job_id']}")
+    assert (deployment["state"], deployment["job_id"]) == ("UpToDate", version["job_id"])
     headers = {"Authorization": f"Bearer {stack.api_key}"}
     body = {"model": "oneshot", "prompt": "The import", "max_tokens": 4}
     answer = httpx.post(f"{stack.web_url}/v1/completions", json=body, headers=headers, timeout=30, trust_env=False)

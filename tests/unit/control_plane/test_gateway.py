@@ -292,10 +292,20 @@ def test_error_in_the_middle_of_a_stream_is_its_last_event(client, triton):
     assert last["error"]["message"] == "lost"
 
 
-def test_answer_without_any_token_is_an_empty_stream(client, triton):
-    triton.models["starter"] = lambda call: [GenerateResponse(call.request_id, finished=True)]
-    assert events(complete(client, stream=True)) == ["[DONE]"]
-    assert complete(client).get_json()["choices"][0]["text"] == ""
+@pytest.mark.parametrize(("stream", "num_before"), [(False, 0), (True, 0), (True, 2)])
+def test_answer_that_ends_without_a_reason_is_an_error(client, triton, stream, num_before):
+    """As a model process leaves it that dies: Triton ends the stream as if it were complete."""
+
+    def cut(call):
+        for _, response in zip(range(num_before), word_by_word(call), strict=False):
+            yield response
+        yield GenerateResponse(call.request_id, finished=True)
+
+    triton.models["starter"] = cut
+    response = complete(client, stream=stream)
+    assert response.status_code == (200 if num_before else 502)
+    error = events(response)[-1]["error"] if num_before else error_of(response)
+    assert error["code"] == "serving_error" and "in the middle" in error["message"]
 
 
 def test_our_own_mistake_is_not_explained_to_the_client(client, triton):
