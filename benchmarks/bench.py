@@ -97,12 +97,16 @@ class Bench:
         return answer
 
     def judge(
-        self, prompts: list[list[int]], texts: dict[str, list[list[int]]], limits: dict[str, int]
+        self,
+        prompts: list[list[int]],
+        texts: dict[str, list[list[int]]],
+        limits: dict[str, int],
+        reference: str = REFERENCE,
     ) -> dict[str, list[tuple[int, float]]]:
         """What the original thinks of every token that the engines wrote after ``prompts``, in one process."""
         every = [text for engine in texts.values() for text in engine]
-        self.prepare(REFERENCE)
-        answer = self.work(REFERENCE, do="judge", limits=limits, prompts=prompts * len(texts), texts=every)
+        self.prepare(reference)
+        answer = self.work(reference, do="judge", limits=limits, prompts=prompts * len(texts), texts=every)
         judged = iter([(int(rank), float(gap)) for rank, gap in answer["judged"]])
         return {name: [next(judged) for text in engine for _ in text] for name, engine in texts.items()}
 
@@ -142,7 +146,7 @@ def rotated(names: Sequence[str], number: int) -> list[str]:
     return [*names[first:], *names[:first]]
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """Where this ran, as far as it decides the numbers."""
     cpu = next(
         (
@@ -154,6 +158,7 @@ def machine() -> dict[str, Any]:
     )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
+        **({"gpu": _gpu()} if device == "cuda" else {}),
         "cpu": cpu,
         "physical_cores": psutil.cpu_count(logical=False),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -163,6 +168,14 @@ def machine() -> dict[str, Any]:
         "nice": os.nice(0),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def _gpu() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _read(path: str) -> str:

@@ -37,10 +37,14 @@ from benchmarks.bench import (  # noqa: E402
     rotated,
     seeded_checkpoint,
 )
-from benchmarks.engines import ENGINES, OURS  # noqa: E402
+from benchmarks.engines import ENGINES, OURS, REFERENCES  # noqa: E402
 from benchmarks.engines.llmos import MAX_MODEL_LEN, export_command  # noqa: E402
 
-MEASURED = [name for name, spec in ENGINES.items() if "export" in spec.measured]
+MEASURED = {
+    device: [name for name, spec in ENGINES.items() if "export" in spec.measured and spec.device == device]
+    for device in REFERENCES
+}
+ROWS = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 64)}
 CONTEXT, PREFILL = 200, 512
 NUM_PROMPTS, NUM_NEW_TOKENS = 16, 16
 """Prompts that are decoded together to judge greedy tokens, and tokens of each; one longer prompt follows."""
@@ -53,7 +57,8 @@ MAX_MEDIAN_RANK = 0.01
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else 3)
-    options.rows = sorted(options.rows or ((1, 8) if options.quick else (1, 8, 32)))
+    options.rows = sorted(options.rows or ((1, 8) if options.quick else ROWS[options.device]))
+    options.engines = options.engines or MEASURED[options.device]
     # A pipe has no width of its own, and a wrapped table cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 200)
     checkpoint = options.checkpoint or seeded_checkpoint()
@@ -61,9 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     document: results.Document = {
         "format": results.FORMAT,
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(options.device),
         "model": checkpoints.describe(checkpoint),
         "settings": {
+            "device": options.device,
             "rounds": options.rounds,
             "rows": options.rows,
             "context": CONTEXT,
@@ -88,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"Nothing could be measured: {error}", markup=False, soft_wrap=True)
             return 1
     show(console, document)
-    kind = "memory" if options.memory else "export"
+    kind = "memory" if options.memory else "export" if options.device == "cpu" else f"export-{options.device}"
     name = f"{kind}-{document['date']}{'-quick' if options.quick else ''}"
     written = [str(path) for path in results.write(document, options.out, name)]
     if document["engines"] and environment.PYTHON.exists():
@@ -104,14 +110,16 @@ def measure_engines(bench: Bench, names: Sequence[str], document: results.Docume
     """Prepare, judge, measure; fills in ``engines`` and ``absent``. Raises Failed if the original cannot judge."""
     absent: Reasons = document["absent"]
     settings, vocab_size = document["settings"], document["model"]["vocab_size"]
-    packages = environment.ensure()
+    packages = environment.ensure() if any(ENGINES[name].peer for name in names) else {}
     absent |= {name: packages[p] for name in names if (p := ENGINES[name].packages[0]) in packages}
     limits = {
         "num_threads": settings["num_threads"],
         "max_rows": max(settings["rows"]),
         "max_tokens": max(PREFILL, CONTEXT + settings["steps"]) + NUM_NEW_TOKENS,
     }
-    engines = judge_engines(bench, [name for name in names if name not in absent], limits, vocab_size, absent)
+    reference = REFERENCES[settings["device"]]
+    present = [name for name in names if name not in absent]
+    engines = judge_engines(bench, present, reference, limits, vocab_size, absent)
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     task = {"do": "time", "limits": limits, "vocab_size": vocab_size, **settings}
     for number in range(settings["rounds"]):
@@ -126,7 +134,7 @@ def measure_engines(bench: Bench, names: Sequence[str], document: results.Docume
 
 
 def judge_engines(
-    bench: Bench, names: Sequence[str], limits: dict[str, int], vocab_size: int, absent: Reasons
+    bench: Bench, names: Sequence[str], reference: str, limits: dict[str, int], vocab_size: int, absent: Reasons
 ) -> dict[str, dict[str, Any]]:
     """Prepare each engine and let it write; returns those whose tokens are right, described for the result."""
     limits = limits | {"max_rows": NUM_PROMPTS}
@@ -141,7 +149,7 @@ def judge_engines(
             )
     texts = {name: answer["tokens"] for name, answer in answers.items()}
     engines: dict[str, dict[str, Any]] = {}
-    for name, judged in bench.judge([*together, *alone], texts, limits).items():
+    for name, judged in bench.judge([*together, *alone], texts, limits, reference).items():
         with bench.leaving_out(name, absent):
             engines[name] = described(name, answers[name], results.agreement(judged), vocab_size)
             bench.say(f"{name}: {engines[name]['agreement']}")
@@ -198,16 +206,18 @@ def show(console: Console, document: results.Document) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure exported versions beside their peers.")
-    parser.add_argument("--engines", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
+    every = [name for names in MEASURED.values() for name in names]
+    parser.add_argument("--device", choices=MEASURED, default="cpu", help="cuda: our engine beside PyTorch on a GPU")
+    parser.add_argument("--engines", nargs="+", choices=every, metavar="NAME", help="default: all of the device")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 3, with --quick 1)")
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of a decode step (default: 1 8 32)")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of a decode step (default: 1 8 32, on a GPU also 64)")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="threads per engine")
     parser.add_argument("--checkpoint", type=Path, help="measure this Llama checkpoint instead of the seeded one")
     parser.add_argument("--quick", action="store_true", help="one short round of 1 and 8 rows, to see that it works")
     parser.add_argument("--memory", action="store_true", help="measure time and memory of exporting instead")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int4"], help="what --memory exports")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.epilog = f"NAME is one of: {', '.join(MEASURED)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
+    parser.epilog = f"NAME is one of: {', '.join(every)}. Exports hold up to {MAX_MODEL_LEN} tokens per row."
     return parser
 
 

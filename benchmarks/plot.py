@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"fp32": "#4477aa", "int8": "#ee6677", "int4": "#228833"}
+COLOURS = {"fp32": "#4477aa", "fp16": "#aa3377", "int8": "#ee6677", "int4": "#228833"}
 
 
 @dataclass(frozen=True)

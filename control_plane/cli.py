@@ -110,6 +110,7 @@ def export(
     lora_slots: Annotated[int | None, typer.Option(help="Adapters that can be loaded at once.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Largest rank of an adapter.")] = None,
     lora_targets: Annotated[str | None, typer.Option(help="Modules that adapters may change: a,b,….")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of its engine; may repeat.")] = None,
     threshold: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the certificate; may repeat.")] = None,
     eval_text: Annotated[Path | None, typer.Option(help="Text to compare both models on.")] = None,
     certify: Annotated[bool, typer.Option(help="Prove it; without, the version has no certificate.")] = True,
@@ -137,6 +138,7 @@ def export(
     flags = {"--no-certify": not certify, "--dry-run": dry_run, "--overwrite": overwrite}
     # Values are joined to their options: one that begins with a dash is not taken for another option.
     command = ["exporters", *(f"{option}={value}" for option, value in given.items() if value is not None)]
+    command += [f"--engine={text}" for text in engine or ()]
     command += [f"--threshold={text}" for text in threshold or ()]
     command += [flag for flag, is_set in flags.items() if is_set]
     finished = _run_exporter([*command, "--", checkpoint, str(out)], f"{'plan' if dry_run else 'export'} {checkpoint}")

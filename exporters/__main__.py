@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporters import ExportConfig, ExportError, export
-from exporters.config import BLOCK_SIZES, DEVICES, PRECISIONS
+from exporters.config import BLOCK_SIZES, DEVICES, ENGINE_SETTINGS, PRECISIONS, parse_setting
 from exporters.errors import ExportCancelled
 from exporters.events import EmitEvent, cancel_on_signals, events_on_stdout
 from exporters.thresholds import NAMES, parse_threshold
@@ -67,6 +67,7 @@ def config_from(options: argparse.Namespace) -> ExportConfig:
         lora_slots=options.lora_slots,
         lora_rank=options.lora_rank,
         lora_targets=tuple(filter(None, options.lora_targets.split(","))),
+        engine=dict(map(parse_setting, options.engine)),
         thresholds=dict(parse_threshold(text) for text in options.threshold),
         eval_text=options.eval_text,
         name=options.name,
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora-slots", type=int, metavar="N", default=config.lora_slots, help="adapters loaded at once (default: 0)")
     add("--lora-rank", type=int, metavar="R", default=config.lora_rank, help="largest rank of an adapter")
     add("--lora-targets", metavar="A,B", default=",".join(config.lora_targets), help="modules that adapters change")
+    add("--engine", metavar="NAME=VALUE", action="append", default=[], help=f"setting: {', '.join(ENGINE_SETTINGS)}")
     add("--threshold", metavar="NAME=VALUE", action="append", default=[], help=f"limit to change: {', '.join(NAMES)}")
     add("--eval-text", type=Path, metavar="FILE", help="text to compare both models on instead of the built-in one")
     add("--no-certify", action="store_true", help="leave the proof out; the version then has no certificate")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 from exporters.errors import InvalidConfig
 from exporters.thresholds import Thresholds, thresholds_for
 from exporters.usage import StepUsage
+from triton_backend.config import EngineConfig
+from triton_backend.errors import VersionFolderError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 DEVICES = ("cpu", "cuda")
@@ -27,6 +31,10 @@ CACHE_TYPES = {
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_MAX_MODEL_LEN = 4096
 """Upper bound of max_model_len when none is asked for: cache memory grows with it."""
+MAX_NUM_BATCHED_TOKENS = 512
+OWN_OPTIONS = ("max_model_len", "max_num_seqs", "max_source_len", "device")
+"""Settings of the engine that are options of an export of their own."""
+ENGINE_SETTINGS = tuple(f.name for f in dataclasses.fields(EngineConfig) if f.name not in OWN_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class ExportConfig:
     max_source_len encoder–decoder: longest source in tokens; None: the model's own limit, at most 1024
     lora_slots     adapters that can be loaded at once; 0 exports a graph without adapters
     lora_rank      largest rank of an adapter
+    engine         other settings of the version's engine, by name (``triton_backend.config.EngineConfig``)
     lora_targets   names of the modules that adapters may change, as in PEFT's target_modules
     thresholds     limits of the certificate that differ from the precision's own, by name (``exporters.thresholds``)
     eval_text      text file on which original and version are compared; None: the built-in text
@@ -65,6 +74,7 @@ class ExportConfig:
     lora_slots: int = 0
     lora_rank: int = 16
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    engine: Mapping[str, Any] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     eval_text: Path | None = None
     name: str | None = None
@@ -107,11 +117,38 @@ class ExportConfig:
             if path is not None and not path.is_file():
                 raise InvalidConfig(f"{name} has value {str(path)!r}; expected an existing text file")
         _ = self.limits
+        self.engine_config(self.max_model_len or DEFAULT_MAX_MODEL_LEN)
+
+    def engine_config(self, max_model_len: int, max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS) -> EngineConfig:
+        """The settings of the version's engine; raises InvalidConfig if ``engine`` has an unknown name or a bad value.
+
+        ``max_num_batched_tokens`` is what suits the model; it becomes more if so many sequences ask for it.
+        """
+        for name in self.engine.keys() - set(ENGINE_SETTINGS):
+            advice = "it is an option of its own" if name in OWN_OPTIONS else f"expected {', '.join(ENGINE_SETTINGS)}"
+            raise InvalidConfig(f"engine setting {name!r} cannot be set; {advice}")
+        room = max(max_num_batched_tokens, self.max_num_seqs + 2)
+        own = {"max_model_len": max_model_len, "max_num_seqs": self.max_num_seqs, "device": self.device}
+        try:
+            return EngineConfig(**{**own, "max_num_batched_tokens": room, **self.engine})
+        except VersionFolderError as error:
+            raise InvalidConfig(f"engine setting {error.args[0]}") from None
 
     @property
     def limits(self) -> Thresholds:
         """The certificate's limits; raises InvalidConfig if ``thresholds`` has an unknown name or a bad value."""
         return thresholds_for(self.precision, self.thresholds)
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``deterministic=false`` → its name and value, which is JSON or else text; raises InvalidConfig."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise InvalidConfig(f"engine setting {text!r} has no '='; expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from exporters.original import load_tokenizer
 from exporters.passes import apply_passes
 from exporters.pooling import Pooling, read_pooling
 from exporters.version import GRAPH, Written, write_tokenizer
-from triton_backend.config import EngineConfig, ModelConfig, VersionConfig
+from triton_backend.config import ModelConfig, VersionConfig
 
 DEFAULT_MAX_TOKENS = 8192
 """Upper bound of an encoder's max_model_len when neither the export nor the checkpoint's authors give one."""
@@ -72,9 +72,5 @@ def version_config(
             normalize=pooling.normalize,
             embedding_size=shape.embedding_size,
         ),
-        EngineConfig(
-            max_model_len=max_model_len,
-            max_num_seqs=export.max_num_seqs,
-            max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, export.max_num_seqs + 2, max_model_len),
-        ),
+        export.engine_config(max_model_len, max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, max_model_len)),
     )

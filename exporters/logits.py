@@ -32,10 +32,10 @@ class ExportedGraph:
         options = ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs beside it
         options.enable_cpu_mem_arena = False  # an arena grows to more than is in use and is kept
-        self._session = _session(str(folder / config.model.graph), options)
+        self._session = _session(folder / config.model.graph, options, config.engine.device)
         self._encoder = None
         if config.model.encoder_graph:
-            self._encoder = _session(str(folder / config.model.encoder_graph), ort.SessionOptions())
+            self._encoder = _session(folder / config.model.encoder_graph, ort.SessionOptions(), config.engine.device)
         self._inputs = {node.name: node for node in self._session.get_inputs()}
 
     def at(self, ids: Sequence[int], index: Sequence[int], source: Sequence[int] = ()) -> np.ndarray:
@@ -145,12 +145,11 @@ def _can_keep(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _session(graph: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    available = ort.get_available_providers()
-    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    if not torch.cuda.is_available():
-        providers = ["CPUExecutionProvider"]
-    return ort.InferenceSession(graph, options, providers=providers)
+def _session(graph: Path, options: ort.SessionOptions, device: str) -> ort.InferenceSession:
+    """Where the engine runs it, so that what is measured is what is served; the engine says if that cannot be."""
+    if device == "cuda":
+        ort.preload_dlls()
+    return ort.InferenceSession(str(graph), options, providers=[f"{device.upper()}ExecutionProvider"])
 
 
 def _zeros(shape: Sequence[int], onnx_type: str) -> ort.OrtValue:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from exporters.checkpoint import Checkpoint
-from exporters.config import ExportConfig
+from exporters.config import MAX_NUM_BATCHED_TOKENS, ExportConfig
 from exporters.decoder import DecoderShape
 from exporters.errors import InvalidCheckpoint, InvalidConfig
 from exporters.rope import constant_frequency_limit
@@ -84,6 +84,12 @@ def seq2seq_version_config(
             f"max_source_len has value {max_source_len}; expected at least max_num_seqs + 2 = "
             f"{export.max_num_seqs + 2}, or at least max_model_len = {base.engine.max_model_len}; raise it or lower one"
         )
+    engine = export.engine_config(base.engine.max_model_len, min(MAX_NUM_BATCHED_TOKENS, max_source_len))
+    if export.engine.get("max_num_batched_tokens", 0) > max_source_len:
+        raise InvalidConfig(
+            f"engine setting max_num_batched_tokens has value {engine.max_num_batched_tokens}; this model takes at "
+            f"most max_source_len = {max_source_len} at once: raise that or lower it"
+        )
     start = generation_start(model)
     return VersionConfig(
         replace(
@@ -96,13 +102,7 @@ def seq2seq_version_config(
             forced_eos_token_id=start.forced_eos_token_id,
             source_vocab_size=_source_vocab_size(model, shape),
         ),
-        replace(
-            base.engine,
-            max_source_len=max_source_len,
-            max_num_batched_tokens=max(
-                export.max_num_seqs + 2, min(base.engine.max_num_batched_tokens, max_source_len)
-            ),
-        ),
+        replace(engine, max_source_len=max_source_len),
     )
 
 

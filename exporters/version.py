@@ -26,7 +26,7 @@ from exporters.config import CACHE_TYPES, DEFAULT_MAX_MODEL_LEN, ExportConfig
 from exporters.decoder import DecoderShape
 from exporters.errors import InvalidCheckpoint, InvalidConfig, OutputExists
 from exporters.rope import constant_frequency_limit
-from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.config import LayerConfig, ModelConfig, VersionConfig
 from triton_backend.version_folder import MANIFEST_JSON, sha256_of
 
 GENERATION_DEFAULTS = {
@@ -42,7 +42,6 @@ GENERATION_DEFAULTS = {
     "early_stopping": "early_stopping",
 }
 """Of generation_config.json, with the engine's names."""
-MAX_NUM_BATCHED_TOKENS = 512
 GRAPH = "model.onnx"
 
 
@@ -122,12 +121,7 @@ def version_config(
             if checkpoint.generation_config.get(name) is not None
         },
     )
-    engine = EngineConfig(
-        max_model_len=export.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN),
-        max_num_seqs=export.max_num_seqs,
-        max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, export.max_num_seqs + 2),
-    )
-    return VersionConfig(model, engine)
+    return VersionConfig(model, export.engine_config(export.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)))
 
 
 def _special_token(name: str, checkpoint: Checkpoint, text_config: Any) -> Any:

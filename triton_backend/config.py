@@ -139,6 +139,8 @@ class EngineConfig:
                             generated tokens are shared as prefixes, too, and may be drafted
     num_speculative_tokens  tokens drafted from the text so far and verified in one run; 0 = none
     device                  cpu or cuda
+    cuda_graphs             decode steps are captured as CUDA graphs when the version is loaded; more rows than run may
+                            be computed
     num_threads             threads of ONNX Runtime; 0 = one per physical core
     max_source_len          longest source text of an encoder–decoder, in tokens; 0 for other models
     """
@@ -153,6 +155,7 @@ class EngineConfig:
     deterministic: bool = True
     num_speculative_tokens: int = 0
     device: str = "cpu"
+    cuda_graphs: bool = False
     num_threads: int = 0
     max_source_len: int = 0
 
@@ -160,19 +163,22 @@ class EngineConfig:
         _require_positive(self, "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_queue_size")
         _require_positive(self, "stream_interval", "long_prefill_token_threshold")
         for name in ("num_threads", "max_source_len", "num_speculative_tokens"):
-            if getattr(self, name) < 0:
-                raise VersionFolderError(f"{name} has value {getattr(self, name)}; expected a whole number ≥ 0")
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 0:
+                raise VersionFolderError(f"{name} has value {value!r}; expected a whole number ≥ 0")
         # A step must always have room for prompt tokens beside all decoding rows.
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise VersionFolderError(
                 f"max_num_batched_tokens has value {self.max_num_batched_tokens}; expected at least "
                 f"max_num_seqs + 1 = {self.max_num_seqs + 1}"
             )
-        for name in ("enable_prefix_caching", "deterministic"):
+        for name in ("enable_prefix_caching", "deterministic", "cuda_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise VersionFolderError(f"{name} has value {getattr(self, name)!r}; expected true or false")
         if self.device not in DEVICES:
             raise VersionFolderError(f"device has value {self.device!r}; expected one of {', '.join(DEVICES)}")
+        if self.cuda_graphs and self.device != "cuda":
+            raise VersionFolderError(f"cuda_graphs is true, but device has value {self.device!r}; expected 'cuda'")
         if self.num_speculative_tokens and self.deterministic:
             raise VersionFolderError(
                 f"num_speculative_tokens has value {self.num_speculative_tokens}, but deterministic is true: "
@@ -244,5 +250,9 @@ def _from_mapping(config_class: type, values: Mapping[str, Any]) -> Any:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise VersionFolderError(f"{name} has value {value!r}; expected a whole number ≥ 1")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

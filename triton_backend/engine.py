@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +93,15 @@ class Engine:
         self._next_poll_s = 0.0
         self._next_poll_waiting_s = 0.0
         self._started_s = time.monotonic()
+        self._warmed_up: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # Any thread -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Start the engine thread; returns when it has run the model once, raises what that raised."""
         self._thread.start()
+        self._warmed_up.result()
 
     def submit(self, request: GenerateRequest, sink: ResponseSink) -> None:
         """Check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
@@ -114,6 +118,12 @@ class Engine:
     # Engine thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._runner.warm_up()
+        except Exception as error:
+            self._warmed_up.set_exception(error)
+            return
+        self._warmed_up.set_result(None)
         while not self._is_stopping:
             try:
                 self._receive()

@@ -1,4 +1,4 @@
-"""From a version folder to a warm engine: verify, read, load, run one token."""
+"""From a version folder to a warm engine: verify, read, load, run it once."""
 
 from __future__ import annotations
 
@@ -54,17 +54,12 @@ def load_engine(
         digest = version_folder.digest(folder)
     config = VersionConfig.read(folder)
     runner = ModelRunner(folder, config)
+    adapters = AdapterStore(folder.parent / "adapters", digest)
+    engine = Engine(config, runner, Tokenizer(folder), adapters, metric_sink, digest, events)
     try:
-        if config.model.kind == "encoder_decoder":
-            runner.encode(0, [0])
-        runner.prefill(0, [0], start=0, want_logits=True)
+        engine.start() if is_started else runner.warm_up()
     except Exception as error:
         graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
         raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
-    runner.free_row(0)
-    adapters = AdapterStore(folder.parent / "adapters", digest)
-    engine = Engine(config, runner, Tokenizer(folder), adapters, metric_sink, digest, events)
-    if is_started:
-        engine.start()
     log.info("engine_started", folder=str(folder), digest=digest[:12], max_model_len=config.engine.max_model_len)
     return engine, config

@@ -1,8 +1,9 @@
 """Runs the decoder graph: prompt chunks on one row, decode steps over rows 0…n−1, both in place on the cache.
 
 Everything ONNX Runtime reads or writes is preallocated and bound by pointer, so a decode step copies nothing; results
-of row r lie in row r of ``outputs`` whichever run made them. Owned by the engine thread. It knows rows, tokens and
-lengths, not requests. Graph contract: ``input_ids``/``position_ids`` (B, S) int64, ``seqlens_k`` (B) int32 = total
+of row r lie in row r of ``outputs`` whichever run made them. With CUDA graphs a decode step is one launch; its number
+of rows is rounded up to one that was captured. Owned by the engine thread. It knows rows, tokens and lengths, not
+requests. Graph contract: ``input_ids``/``position_ids`` (B, S) int64, ``seqlens_k`` (B) int32 = total
 length − 1, ``total_sequence_length`` int32 scalar, ``logits_index`` (N) int64 = b·S + s; outputs ``logits`` (N, V),
 ``top_logits``/``top_ids`` (N, K). With cross attention also ``cross.{i}.key/value`` (B, H, max_source_len, D) and
 ``source_lens`` (B) int32; with adapters ``adapter_ids`` (B) int64 and the matrices of adapter_slots.py.
@@ -24,10 +25,10 @@ from triton_backend.config import ModelConfig, VersionConfig
 from triton_backend.encoder_runner import EncoderRunner
 from triton_backend.errors import VersionFolderError
 from triton_backend.kv_cache import CACHE_TYPES, CrossCache, KVCache, place_of, zeros
-from triton_backend.session import load_session
+from triton_backend.session import load_session, new_stream, run_options, use_stream
 from triton_backend.step_inputs import StepInputs
 
-PRECISIONS = {"cpu": ("fp32", "fp16", "int8", "int4"), "cuda": ("fp16", "bf16", "int4")}
+PRECISIONS = {"cpu": ("fp32", "fp16", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
 """What weights may be kept in on each device."""
 CACHES = {"cpu": ("fp32", "fp16"), "cuda": ("fp16", "bf16")}
 """What the attention kernels of each device take."""
@@ -36,6 +37,8 @@ QUERY_BLOCK = 16
 """Attention takes queries in blocks of a multiple of this, and a block of one query, like a run of one token, by
 another path with other last bits. A token behind the last one, which the next real one overwrites, keeps every prompt
 on one path, so that its keys and values never depend on how it was cut into chunks."""
+CAPTURED_ROWS = (1, 2, 4)
+"""Numbers of rows that CUDA graphs are captured for; after them every multiple of 8."""
 
 
 class DecodeToken(NamedTuple):
@@ -77,7 +80,10 @@ class ModelRunner:
         _check_runnable(folder, model, engine.device)
         self.num_rows = engine.max_num_seqs + 1  # the last row is the health probe's
         self._device = torch.device(engine.device)
-        self._session = load_session(folder / model.graph, engine.num_threads, self._device)
+        self._stream = new_stream(self._device)
+        use_stream(self._stream)
+        has_graphs = engine.cuda_graphs
+        self._session = load_session(folder / model.graph, engine.num_threads, self._device, cuda_graphs=has_graphs)
         dtype = CACHE_TYPES[model.cache_type]
         self._cache = KVCache(model.layers, self.num_rows, engine.max_model_len, dtype, self._device)
         self._cross = CrossCache(
@@ -96,8 +102,24 @@ class ModelRunner:
         self._lengths = np.zeros(self.num_rows, dtype=np.int64)
         self.outputs = self._new_outputs(self.num_rows, model)
         self._model = model
-        self._step = StepInputs(self.num_rows, self._device)
-        self._step_bindings: dict[tuple[int, bool], onnxruntime.IOBinding] = {}
+        self._step = StepInputs(self.num_rows, self._device, engine.max_model_len if has_graphs else None)
+        self._captured_rows = captured_rows(self.num_rows) if has_graphs else ()
+        self._step_runs: dict[tuple[int, bool], tuple[onnxruntime.IOBinding, onnxruntime.RunOptions]] = {}
+        self._run_options = run_options()
+
+    def warm_up(self) -> None:
+        """Run every graph once and capture the decode steps; by the thread that will use the runner, and by no other.
+
+        On CUDA that thread computes on the runner's stream from now on.
+        """
+        use_stream(self._stream)
+        if self._encoder is not None:
+            self.encode(0, [0])
+        self.prefill(0, [0], start=0, want_logits=True)
+        self.free_row(0)
+        for num_rows in self._captured_rows:
+            for want_logits in (True, False):
+                self._run_step(num_rows, want_logits)
 
     def encode(self, row: int, source_ids: Iterable[int]) -> None:
         """Run the encoder on a whole source text; the decoder's runs over ``row`` attend to it from now on."""
@@ -133,6 +155,7 @@ class ModelRunner:
         """
         tokens = tuple(tokens)
         num_rows = max(token.row for token in tokens) + 1
+        num_rows = next((captured for captured in self._captured_rows if captured >= num_rows), num_rows)
         step = self._step
         step.ids[:num_rows] = 0
         step.positions[:num_rows] = self._lengths[:num_rows]
@@ -140,8 +163,7 @@ class ModelRunner:
             step.ids[row] = token_id
             step.positions[row] = position
             self._lengths[row] = position + 1
-        step.upload(num_rows)
-        self._session.run_with_iobinding(self._step_binding(num_rows, want_logits))
+        self._run_step(num_rows, want_logits)
 
     def copy_tokens(self, source: int, target: int, start: int, end: int) -> None:
         """Copy positions ``start``…``end − 1`` of the cache; ``target`` then holds ``end`` tokens."""
@@ -202,15 +224,19 @@ class ModelRunner:
         }
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in host.items()}
         inputs["total_sequence_length"] = torch.tensor(end, dtype=torch.int32)
-        self._session.run_with_iobinding(self._bind(inputs, row, 1, outputs, want_logits))
+        self._session.run_with_iobinding(self._bind(inputs, row, 1, outputs, want_logits), self._run_options)
         self._lengths[row] = start + num_new
 
-    def _step_binding(self, num_rows: int, want_logits: bool) -> onnxruntime.IOBinding:
+    def _run_step(self, num_rows: int, want_logits: bool) -> None:
+        """Compute what the step's inputs say of rows 0…num_rows − 1."""
         key = (num_rows, want_logits)
-        if key not in self._step_bindings:
+        if key not in self._step_runs:
             outputs = self.outputs.rows(0, num_rows)
-            self._step_bindings[key] = self._bind(self._step.tensors(num_rows), 0, num_rows, outputs, want_logits)
-        return self._step_bindings[key]
+            binding = self._bind(self._step.tensors(num_rows), 0, num_rows, outputs, want_logits)
+            graph_id = len(self._step_runs) + 1 if self._captured_rows else None
+            self._step_runs[key] = (binding, run_options(graph_id))
+        self._step.upload(num_rows)
+        self._session.run_with_iobinding(*self._step_runs[key])
 
     def _bind(
         self, inputs: Mapping[str, torch.Tensor], first_row: int, num_rows: int, outputs: Outputs, want_logits: bool
@@ -241,6 +267,11 @@ class ModelRunner:
             zeros((num, model.num_top_logits), torch.float32, self._device),
             zeros((num, model.num_top_logits), torch.int64, self._device),
         )
+
+
+def captured_rows(num_rows: int) -> tuple[int, ...]:
+    """Numbers of rows to capture decode steps for, so that few idle rows are computed and few graphs are kept."""
+    return (*(n for n in (*CAPTURED_ROWS, *range(8, num_rows, 8)) if n < num_rows), num_rows)
 
 
 def _check_runnable(folder: Path, model: ModelConfig, device: str) -> None:

@@ -1,7 +1,7 @@
 """The inputs of decode steps, at addresses that never change: written on the host, read by the graph on its device.
 
 On CPU both are the same memory. Owned by the model runner. ``total`` is read by the attention's launcher, so it stays
-on the host.
+on the host; a captured launch is repeated as it was, so there it is the longest length that may come.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import torch
 
 
 class StepInputs:
-    """One entry per cache row; ``upload`` makes the first ``num_rows`` visible to the graph."""
+    """One entry per cache row; ``upload`` makes the first ``num_rows`` visible to the graph.
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    ``fixed_total`` is what ``total_sequence_length`` always is; None: the longest length of each step.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device, fixed_total: int | None = None) -> None:
         self._is_shared = device.type == "cpu"
         pin = not self._is_shared
         self._host = {
@@ -23,7 +26,8 @@ class StepInputs:
         }
         self._device = self._host if self._is_shared else {name: host.to(device) for name, host in self._host.items()}
         self._logits_index = torch.arange(num_rows, device=device)
-        self.total = torch.zeros((), dtype=torch.int32)
+        self._is_total_fixed = fixed_total is not None
+        self.total = torch.full((), fixed_total or 0, dtype=torch.int32)
         self.ids: np.ndarray = self._host["input_ids"].numpy()[:, 0]
         self.positions: np.ndarray = self._host["position_ids"].numpy()[:, 0]
         self._seqlens: np.ndarray = self._host["seqlens_k"].numpy()
@@ -31,7 +35,8 @@ class StepInputs:
     def upload(self, num_rows: int) -> None:
         """Derive lengths from positions, then hand everything to the device."""
         self._seqlens[:num_rows] = self.positions[:num_rows]
-        self.total.fill_(int(self._seqlens[:num_rows].max()) + 1)
+        if not self._is_total_fixed:
+            self.total.fill_(int(self._seqlens[:num_rows].max()) + 1)
         if not self._is_shared:
             for name, host in self._host.items():
                 self._device[name][:num_rows].copy_(host[:num_rows], non_blocking=True)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 class Unavailable(Exception):
@@ -32,10 +33,11 @@ class Unavailable(Exception):
 class EngineSpec:
     """One row of the table.
 
-    ``precision`` is what weights are kept in (fp32, int8, int4): engines are compared within one precision. ``peer``:
-    runs in .venv-bench, not in .venv. ``packages``: whose versions a result names, the first being the engine itself.
-    ``sources``: files that decide what ``prepare`` writes, besides the module and the packages' versions. ``files``:
-    the engine whose prepared files it reads, if not its own. ``measured``: the benchmarks that it takes part in.
+    ``precision`` is what weights are kept in (fp32, fp16, int8, int4): engines are compared within one precision.
+    ``peer``: runs in .venv-bench, not in .venv. ``packages``: whose versions a result names, the first being the engine
+    itself. ``sources``: files that decide what ``prepare`` writes, besides the module and the packages' versions.
+    ``files``: the engine whose prepared files it reads, if not its own. ``measured``: the benchmarks that it takes part
+    in, on ``device``.
     """
 
     label: str
@@ -46,6 +48,7 @@ class EngineSpec:
     sources: tuple[str, ...] = ()
     files: str = ""
     measured: tuple[str, ...] = ("export", "serving")
+    device: str = "cpu"
 
 
 _LLMOS = ("exporters/**/*.py", "triton_backend/*.py")
@@ -53,6 +56,7 @@ _LLMOS_PACKAGES = ("llmos", "onnxruntime-gpu", "torch", "transformers")
 _BARE_PACKAGES = ("onnxruntime-gpu",)
 _TORCH_PACKAGES = ("transformers", "torch")
 _EXPORT, _SERVING = ("export",), ("serving",)
+_GPU: dict[str, Any] = {"peer": False, "measured": _EXPORT, "device": "cuda"}
 BARE = "bare ONNX Runtime"
 """The label of llmos's own graphs run by nothing but ONNX Runtime: the limit that serving is measured against."""
 
@@ -74,11 +78,18 @@ ENGINES: dict[str, EngineSpec] = {
     "llama.cpp-f32": EngineSpec("llama.cpp f32", "fp32", "llama_cpp_python", ("llama-cpp-python", "gguf")),
     "llama.cpp-q8_0": EngineSpec("llama.cpp q8_0", "int8", "llama_cpp_python", ("llama-cpp-python", "gguf")),
     "llama.cpp-q4_0": EngineSpec("llama.cpp q4_0", "int4", "llama_cpp_python", ("llama-cpp-python", "gguf")),
+    # On a machine with a GPU there is one environment, that of llmos.
+    "llmos-cuda": EngineSpec("llmos", "fp16", "llmos_cuda", _LLMOS_PACKAGES, sources=_LLMOS, **_GPU),
+    "llmos-cuda-graphs": EngineSpec(
+        "llmos, CUDA graphs", "fp16", "llmos_cuda_graphs", _LLMOS_PACKAGES, sources=_LLMOS, **_GPU
+    ),
+    "transformers-cuda": EngineSpec("transformers sdpa", "fp16", "torch_cuda", _TORCH_PACKAGES, **_GPU),
 }
 OURS = "llmos"
 """The label that the others' ratios refer to."""
 REFERENCE = "transformers-sdpa"
 """The original, whose module also has a function ``judge``: what it thinks of the others' tokens."""
+REFERENCES = {"cpu": REFERENCE, "cuda": "transformers-cuda"}
 
 
 @dataclass(frozen=True)

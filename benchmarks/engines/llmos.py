@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def export_command(checkpoint: Path, out: Path, precision: str) -> list[str]:
     return [sys.executable, "-m", "exporters", str(checkpoint), str(out), *options]
 
 
-def prepare(checkpoint: Path, out: Path, precision: str) -> None:
+def prepare(checkpoint: Path, out: Path, precision: str, options: Sequence[str] = ()) -> None:
     out.rmdir()
-    done = subprocess.run(export_command(checkpoint, out, precision), stdout=subprocess.PIPE, text=True)
+    command = [*export_command(checkpoint, out, precision), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     if done.returncode not in (0, REJECTED):
         last = events[-1] if events else {}
@@ -45,6 +47,7 @@ def load(checkpoint: Path, folder: Path, precision: str, limits: Limits) -> Gene
         config = VersionConfig.read(folder)
         engine = replace(config.engine, num_threads=limits.num_threads, max_num_seqs=limits.max_rows)
         runner = ModelRunner(folder, replace(config, engine=engine))
+        runner.warm_up()
     except VersionFolderError as error:
         raise Unavailable(f"the engine refused the version: {error}") from error
     lengths: list[int] = []

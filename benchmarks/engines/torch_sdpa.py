@@ -43,16 +43,17 @@ def judge(checkpoint: Path, prompts: Prompts, texts: Prompts, limits: Limits) ->
     return found
 
 
-def load_with(attention: str, checkpoint: Path, limits: Limits) -> Generate:
+def load_with(attention: str, checkpoint: Path, limits: Limits, device: str = "cpu") -> Generate:
+    """In fp32 on CPU, in fp16 on a GPU."""
     import torch
     from transformers import DynamicCache
 
-    model = _model(attention, checkpoint, limits)
+    model = _model(attention, checkpoint, limits, device)
     cache: list[Any] = []
 
     @torch.inference_mode()
     def run(ids: list[list[int]]) -> list[int]:
-        output = model(torch.tensor(ids), past_key_values=cache[0], use_cache=True, logits_to_keep=1)
+        output = model(torch.tensor(ids, device=device), past_key_values=cache[0], use_cache=True, logits_to_keep=1)
         tokens: list[int] = output.logits[:, -1].argmax(-1).tolist()
         return tokens
 
@@ -127,11 +128,12 @@ def endless_model(attention: str, checkpoint: Path, limits: Limits) -> Any:
     return model
 
 
-def _model(attention: str, checkpoint: Path, limits: Limits) -> Any:
+def _model(attention: str, checkpoint: Path, limits: Limits, device: str = "cpu") -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.set_num_threads(limits.num_threads)
     is_seq2seq = AutoConfig.from_pretrained(checkpoint).is_encoder_decoder
     kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    return kind.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    return kind.from_pretrained(checkpoint, dtype=dtype, attn_implementation=attention).eval().to(device)

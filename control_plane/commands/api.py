@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from control_plane.errors import Unauthorized
+from control_plane.errors import BadRequest, Unauthorized
 from control_plane.secrets import local_api_key
 from control_plane.settings import Settings
 
@@ -80,3 +80,17 @@ def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> dict[str, Any]:
         typer.echo("llmos: the proof failed: the version is not equal to its checkpoint", err=True)
         raise typer.Exit(3)
     return job
+
+
+def named_values(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with VALUE as JSON where it is some, else as text; raises BadRequest."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise BadRequest(f"{text!r} is no parameter; expected NAME=VALUE")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values

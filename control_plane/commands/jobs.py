@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, print_json, print_table
-from control_plane.errors import BadRequest
+from control_plane.commands.api import AsJson, connected, follow, named_values, print_json, print_table
 
 jobs = typer.Typer(help="Exports, training, proofs: long work in the background.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="As llmos jobs list shows it.")]
@@ -68,7 +67,7 @@ def submit(
 ) -> None:
     """Start a job and follow it; Ctrl-C leaves it running."""
     with connected() as llmos:
-        job = llmos.submit_job(kind, _values(parameters or []), priority=priority, idempotency_key=key)
+        job = llmos.submit_job(kind, named_values(parameters or []), priority=priority, idempotency_key=key)
         if not wait:
             typer.echo(job["id"])
             return
@@ -97,20 +96,6 @@ def retry(job_id: JobId) -> None:
         after = max((event["id"] for event in llmos.job_events(job_id)), default=0)
         llmos.retry_job(job_id)
         follow(llmos, job_id, after)
-
-
-def _values(parameters: list[str]) -> dict[str, Any]:
-    """NAME=VALUE with VALUE as JSON where it is some, else as text."""
-    values: dict[str, Any] = {}
-    for text in parameters:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise BadRequest(f"{text!r} is no parameter; expected NAME=VALUE")
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values
 
 
 def _parameters(kind: dict[str, Any]) -> list[tuple[str, bool]]:

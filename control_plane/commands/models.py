@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, mib, print_json, print_table
+from control_plane.commands.api import AsJson, connected, follow, mib, named_values, print_json, print_table
 from control_plane.commands.traffic import traffic
 from control_plane.errors import BadRequest
 
@@ -132,6 +132,8 @@ def publish(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, its name here, or its id on the Hub.")],
     name: Annotated[str, typer.Argument(help="The model whose next version it becomes.")],
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where it will run: cpu or cuda.")] = "cpu",
+    engine: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of its engine; may repeat.")] = None,
     suites: Annotated[
         list[str] | None, typer.Option("--evaluate", metavar="SUITE=FILE", help="Measure it, too; may repeat.")
     ] = None,
@@ -148,6 +150,8 @@ def publish(
             _path_or_id(checkpoint),
             name,
             precision=precision,
+            device=device,
+            engine=named_values(engine or []),
             evaluate=dict(map(_suite, suites or ())),
             deploy="promote" if promote else "none" if canary is None else "canary",
             weight=canary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,10 @@ CERTIFICATE = "certificate"
 
 
 class ExportParams(JobParams):
-    """As ``llmos export``: a checkpoint's name here, its folder on the worker's machine, or its id on the Hub."""
+    """As ``llmos export``: a checkpoint's name here, its folder on the worker's machine, or its id on the Hub.
+
+    ``engine`` maps settings of the version's engine to their values.
+    """
 
     checkpoint: Text
     name: ModelName
@@ -36,10 +40,11 @@ class ExportParams(JobParams):
     max_source_len: Annotated[int, Field(ge=1)] | None = None
     lora_slots: Annotated[int, Field(ge=0)] | None = None
     lora_rank: Annotated[int, Field(ge=1)] | None = None
+    engine: dict[str, bool | int | str] = Field(default_factory=dict)
     certify: bool = True
 
 
-EXPORT_OPTIONS = ExportParams.model_fields.keys() - {"checkpoint", "certify"}
+EXPORT_OPTIONS = ExportParams.model_fields.keys() - {"checkpoint", "engine", "certify"}
 
 
 class PublishParams(ExportParams):
@@ -146,6 +151,7 @@ def _export(run: JobRun, out: Path) -> Mapping[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         given = params.model_dump(include=EXPORT_OPTIONS, exclude_none=True)
         options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        options += [f"--engine={name}={json.dumps(value)}" for name, value in params.engine.items()]
         options += [] if params.certify else ["--no-certify"]
         checkpoint = checkpoints.resolve(run.settings, params.checkpoint)
         run.child("exporters", *options, "--", checkpoint, str(out), good_statuses=(0, 3))

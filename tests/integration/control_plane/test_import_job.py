@@ -3,6 +3,7 @@
 # ruff: noqa: F401, F811 (fixtures of another folder)
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,8 +38,13 @@ def test_an_imported_checkpoint_is_stored_and_exported_by_its_name(
     assert job.result["digest"] == digest(folder)
     assert artifact_store(settings).has(digest(folder))
     assert [path.name for path in settings.checkpoints_dir.iterdir()] == ["tiny"]
-    exported = jobs.run("export", checkpoint="tiny", name="chat", max_model_len=48, max_num_seqs=4, certify=False)
+    settings_of_engine = {"deterministic": False, "stream_interval": 2}
+    exported = jobs.run(
+        "export", checkpoint="tiny", name="chat", max_num_seqs=4, engine=settings_of_engine, certify=False
+    )
     assert exported.state == SUCCEEDED, exported.error
+    engine = json.loads((Path(exported.result["folder"]) / "model.json").read_text())["engine"]
+    assert (engine["max_num_seqs"], engine["deterministic"], engine["stream_interval"]) == (4, False, 2)
 
 
 def test_an_import_that_was_killed_behind_its_download_goes_on_without_it(

@@ -132,6 +132,7 @@ def test_relative_positions_have_no_limit_of_their_own(save: Callable[..., Check
         ({"max_source_len": 65}, "takes 64 tokens"),
         ({"max_model_len": 65}, "max_model_len has value 65"),
         ({"max_source_len": 20, "max_num_seqs": 32}, "max_num_seqs + 2 = 34"),
+        ({"engine": {"max_num_batched_tokens": 65}}, "max_source_len = 64 at once"),
     ],
 )
 def test_lengths_that_do_not_suit_the_model_are_refused(

@@ -81,6 +81,17 @@ def test_more_rows_than_a_step_has_tokens_still_make_a_valid_version(
     assert (engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens) == (64, 1000, 1002)
 
 
+def test_model_json_holds_the_device_and_the_settings_that_were_asked_for(
+    llama_checkpoint: Path, traced: None, tmp_path: Path
+) -> None:
+    settings = {"cuda_graphs": True, "deterministic": False, "num_speculative_tokens": 3, "max_num_batched_tokens": 99}
+    asked = ExportConfig(str(llama_checkpoint), tmp_path / "out", precision="bf16", device="cuda", engine=settings)
+    export(asked, certify=False)
+    engine = VersionConfig.read(tmp_path / "out").engine
+    assert engine.device == "cuda"
+    assert {name: getattr(engine, name) for name in settings} == settings
+
+
 def test_a_context_longer_than_the_model_s_is_refused(llama_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"max_model_len has value 257; .* up to 256 tokens"):
         export(ExportConfig(str(llama_checkpoint), tmp_path / "out", max_model_len=257), certify=False)

@@ -59,6 +59,7 @@ def crowd(client, params_of):
     return [list(answer.last().outputs[0].token_ids) for answer in answers]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "params_of",
     [
@@ -77,6 +78,7 @@ def test_every_request_of_a_crowd_gets_the_tokens_it_gets_alone(client, params_o
         assert ids == alone, f"request {i}"
 
 
+@pytest.mark.exact
 def test_log_probabilities_are_bit_equal_alone_and_in_a_crowd(client):
     prompt = random_prompt(5, 150)
     alone = client.ask(prompt, max_tokens=20, logprobs=3, ignore_eos=True).outputs[0].logprobs

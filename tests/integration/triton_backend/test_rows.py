@@ -16,7 +16,7 @@ from triton_backend.loading import load_engine
 
 from .conftest import Client
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.exact]
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

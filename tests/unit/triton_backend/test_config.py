@@ -63,6 +63,8 @@ def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
         ("engine", "max_num_seqs", "many", "max_num_seqs has value 'many'"),
         ("engine", "max_num_batched_tokens", 32, "expected at least max_num_seqs + 1 = 33"),
         ("engine", "num_threads", -1, "num_threads has value -1"),
+        ("engine", "num_threads", "all", "num_threads has value 'all'; expected a whole number ≥ 0"),
+        ("engine", "cuda_graphs", True, "cuda_graphs is true, but device has value 'cpu'; expected 'cuda'"),
         ("model", "layers", [], "layers is empty"),
         ("model", "kind", "decoder-only", "kind has value 'decoder-only'; expected one of decoder, encoder_decoder"),
         ("model", "kind", "encoder_decoder", "encoder_graph has value None; an encoder_decoder model needs it"),
