@@ -76,6 +76,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out architectures whose graphs look like another's that is tested, unless -m asks for them."""
+    if "sibling" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("sibling")])
+    items[:] = [item for item in items if not item.get_closest_marker("sibling")]
+
+
 def make_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A tiny model in fp32; the same seed gives the same weights."""
     model_type, sizes = ARCHITECTURES[name]
