@@ -26,9 +26,10 @@ from triton_backend.loading import configure_logging, load_engine
 from triton_backend.protocol import GenerateRequest, GenerateResponse
 from triton_backend.replay import replay
 from triton_backend.sampling_params import SamplingParams
+from triton_backend.sequence import ResponseSink
 
 
-class LineWriter:
+class LineWriter(ResponseSink):
     """Writes responses to standard output and keeps the number of open requests within the engine's queue."""
 
     def __init__(self, max_open: int) -> None:

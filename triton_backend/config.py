@@ -132,7 +132,7 @@ class EngineConfig:
     max_num_seqs            cache rows, so sequences that can run at once
     max_num_batched_tokens  tokens computed in one step over all sequences; a longer prompt is prefilled in chunks
     max_queue_size          requests that may wait; one more is refused with UNAVAILABLE
-    stream_interval         tokens that may share one streamed response
+    stream_interval         tokens that share one streamed response, if an earlier one does not wait to be sent
     long_prefill_token_threshold  prompt tokens computed in one step while other sequences are decoding, per prompt
     enable_prefix_caching   a prompt copies the keys and values of its longest prefix that any cache row holds
     deterministic           a request's tokens never depend on what ran before or beside it, to the last bit; without it

@@ -23,6 +23,7 @@ from triton_backend.errors import EngineError
 from triton_backend.loading import configure_logging, load_engine
 from triton_backend.metrics import METRICS, MetricSpec
 from triton_backend.protocol import INPUTS, OUTPUTS, GenerateRequest, GenerateResponse, parse_request, response_tensors
+from triton_backend.sequence import ResponseSink
 
 log = structlog.get_logger()
 
@@ -69,22 +70,34 @@ class TritonPythonModel:
         return parsed
 
 
-class TritonSink:
+class TritonSink(ResponseSink):
     """The way back to one client; ``send`` is called by the engine or, for a refused request, by ``execute``."""
 
     def __init__(self, triton_request: Any, responder: Responder) -> None:
         self._sender = triton_request.get_response_sender()
         self._responder = responder
         self.request: GenerateRequest | None = None
+        # Each is written by one thread.
+        self._num_put = self._num_delivered = 0
 
     def send(self, response: GenerateResponse) -> None:
+        self._num_put += 1
         self._responder.put(self, response)
+
+    def is_behind(self) -> bool:
+        return self._num_put > self._num_delivered
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
 
     def deliver(self, response: GenerateResponse) -> None:
         """Hand a response to Triton; on the responder thread."""
+        try:
+            self._deliver(response)
+        finally:
+            self._num_delivered += 1
+
+    def _deliver(self, response: GenerateResponse) -> None:
         flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if response.finished else 0
         if response.error is not None:
             # Our codes are Triton's names: INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL.

@@ -1,7 +1,8 @@
 """From tokens to what the client sees: the responses of one request.
 
-Deltas of a stream, or everything in one last response; text comes from ``sequence_text``. Of ``best_of`` sequences and
-of beams only the best are returned, so these are told at the end. Owned by the engine thread.
+Deltas of a stream, or everything in one last response; text comes from ``sequence_text``. A stream whose last response
+was not sent yet gets its next tokens together, so that sending never falls further behind than one response. Of
+``best_of`` sequences and of beams only the best are returned, so these are told at the end. Owned by the engine thread.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class RequestOutput:
         if not self._state.request.stream or self._state.params.is_beam:
             return False
         num_new = max(len(sequence.output_ids) - sent for sequence, sent in self._num_sent_tokens.items())
-        return self._is_first or num_new >= self._stream_interval
+        return self._is_first or (num_new >= self._stream_interval and not self._state.sink.is_behind())
 
     def _output(self, index: int, sequence: Sequence) -> SequenceOutput:
         sent = self._num_sent_tokens.get(sequence, 0)

@@ -15,10 +15,10 @@ from triton_backend.errors import EngineError
 from triton_backend.event_log import plan_json, read_events, request_from
 from triton_backend.protocol import GenerateResponse
 from triton_backend.scheduler import StepPlan
-from triton_backend.sequence import RequestState
+from triton_backend.sequence import RequestState, ResponseSink
 
 
-class _Nowhere:
+class _Nowhere(ResponseSink):
     """A sink for answers that nobody waits for."""
 
     def send(self, response: GenerateResponse) -> None:

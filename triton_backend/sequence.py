@@ -35,6 +35,10 @@ class ResponseSink(Protocol):
 
     def is_cancelled(self) -> bool: ...
 
+    def is_behind(self) -> bool:
+        """Whether an earlier response still waits to be sent; what comes meanwhile is sent together."""
+        return False
+
 
 class FinishReason(enum.Enum):
     STOP = "stop"

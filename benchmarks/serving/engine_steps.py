@@ -84,6 +84,9 @@ class LastResponses:
     def is_cancelled(self) -> bool:
         return False
 
+    def is_behind(self) -> bool:
+        return False
+
 
 def main(task: dict[str, Any]) -> dict[str, float]:
     import torch

@@ -42,7 +42,7 @@ def test_streamed_answer_equals_the_whole_answer(client: openai.OpenAI, stack: S
             model=stack.model, prompt=PROMPT, max_tokens=32, temperature=0, stream=True, stream_options=options
         )
     )
-    assert len(chunks) > 5
+    assert len(chunks) > 2
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens

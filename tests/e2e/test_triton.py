@@ -74,7 +74,7 @@ def test_the_prompt_comes_first_unless_excluded(http):
 
 def test_generate_stream_joined_is_generate(http):
     events = stream(http, max_tokens=32, return_finish_reason=True)
-    assert len(events) > 10
+    assert len(events) > 2
     whole = generate(http, max_tokens=32, exclude_input_in_output=True).json()["text_output"]
     assert "".join(event["text_output"] for event in events) == whole
     assert [event["finish_reason"] for event in events[:-1]] == ["None"] * (len(events) - 1)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from triton_backend.loading import load_engine
 from triton_backend.protocol import GenerateRequest, GenerateResponse
 from triton_backend.sampling_params import SamplingParams
+from triton_backend.sequence import ResponseSink
 
 END = "<|endoftext|>"
 TEXT = [
@@ -84,8 +85,10 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not is_left_out(item)]
 
 
-class Answer:
-    """Collects the responses of one request; can pretend that its client left."""
+class Answer(ResponseSink):
+    """Collects the responses of one request; can pretend that its client left, or that responses wait to be sent."""
+
+    behind = False
 
     def __init__(self) -> None:
         self._responses: queue.SimpleQueue[GenerateResponse] = queue.SimpleQueue()
@@ -100,6 +103,9 @@ class Answer:
     def is_cancelled(self) -> bool:
         assert self.num_finals == 0, "asked after the last response"
         return self.gone
+
+    def is_behind(self) -> bool:
+        return self.behind
 
     def __iter__(self):
         while True:

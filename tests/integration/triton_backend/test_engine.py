@@ -141,6 +141,15 @@ def test_deltas_joined_are_the_whole_text_and_never_break_a_character(client, pr
     assert responses[-1].outputs[0].finish_reason == "length"
 
 
+def test_tokens_that_come_while_a_response_waits_to_be_sent_are_sent_together(client, monkeypatch):
+    options = {"max_tokens": 60, "temperature": 1.5, "seed": 11, "ignore_eos": True}
+    whole = client.ask("The", **options).outputs[0]
+    monkeypatch.setattr(Answer, "behind", True)
+    first, last = client.submit("The", stream=True, **options)
+    assert first.outputs[0].text + last.outputs[0].text == whole.text
+    assert first.outputs[0].token_ids == whole.token_ids[:1] and last.outputs[0].token_ids == whole.token_ids[1:]
+
+
 def test_a_character_split_over_tokens_arrives_whole(client):
     tokenizer = client.engine._tokenizer
     for text in ("👩‍👩‍👧 東京 Ελλάδα 𝒳 e\u0301 🙂", "plain", "\x00\x7f"):
