@@ -22,7 +22,6 @@ from exporters import held_out
 from exporters.checkpoint import Checkpoint
 from exporters.comparison import PromptResult, TextComparison, TextLogits, finite, judge, top_of
 from exporters.engine_process import EngineRun, run_prompts
-from exporters.errors import EngineFailed
 from exporters.events import Progress
 from exporters.logits import ExportedGraph, original_logits
 from exporters.original import load_model, load_tokenizer
@@ -105,15 +104,7 @@ def _certify_decoder(
     texts = text_passages(config, encode, text)
     tick = Ticker(progress, 2 * (len(prompts) + len(texts)))
 
-    try:
-        run = run_prompts(folder, config, prompts, tick)
-    except EngineFailed as error:
-        if config.model.precision not in ("fp16", "bf16"):
-            raise
-        raise EngineFailed(
-            f"{error}. Versions in {config.model.precision} are for CUDA: export with --no-certify where there is none "
-            "and prove the version with llmos verify where it will run"
-        ) from error
+    run = run_prompts(folder, config, prompts, tick)
     passages = [passage_of(config, prompt, tokens) for prompt, tokens in zip(prompts, run.tokens, strict=True)]
     shipped = ExportedGraph(folder, config)
     found_logits = probe(shipped, passages)

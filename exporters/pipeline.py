@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from exporters.certificate import certify
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.config import ExportConfig, ExportedVersion
@@ -39,6 +41,11 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
     checkpoint = open_checkpoint(config.checkpoint)
     kind = "encoder" if is_encoder(checkpoint) else kind_of(read_config(checkpoint))
     _check_asked(config, kind)
+    if with_certificate and config.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidConfig(
+            "device has value 'cuda', but PyTorch finds no CUDA device here to prove the version on; export with "
+            "--no-certify and prove it with llmos verify where it will run"
+        )
 
     certificate: dict[str, Any] = {}
     with staged(out, config.overwrite) as folder:

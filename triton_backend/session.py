@@ -37,13 +37,13 @@ def load_session(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        advice = "; if it cannot be captured, set cuda_graphs to false in model.json" if cuda_graphs else ""
+        advice = "; if it cannot be captured, export it with --engine cuda_graphs=false" if cuda_graphs else ""
         raise VersionFolderError(f"ONNX Runtime cannot load {path}: {error}{advice}") from error
     # ONNX Runtime goes on without a provider whose libraries it cannot load.
     if providers[0][0] not in session.get_providers():
         raise VersionFolderError(
-            f"ONNX Runtime cannot start its {providers[0][0]} for {path}: see its own message above; the CUDA and "
-            "cuDNN libraries that it names must be installed, or device set to 'cpu' in model.json"
+            f"ONNX Runtime cannot start its {providers[0][0]} for {path}: see its own message above and install the "
+            "CUDA and cuDNN libraries that it names, or export for the CPU"
         )
     return session
 
@@ -70,8 +70,8 @@ def new_stream(device: torch.device) -> torch.cuda.Stream | None:
         return None
     if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise VersionFolderError(
-            "device has value 'cuda', but PyTorch or ONNX Runtime finds no CUDA device; set device to 'cpu' in "
-            "model.json or install the CUDA builds of both"
+            "device has value 'cuda', but PyTorch or ONNX Runtime finds no CUDA device; use a machine with one and the "
+            "CUDA builds of both, or export for the CPU"
         )
     return torch.cuda.Stream(device)
 

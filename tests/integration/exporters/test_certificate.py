@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import exporters.logits
+from exporters import ExportConfig, export
 from exporters.certificate import certify
 from exporters.checkpoint import open_checkpoint
 from exporters.engine_process import EngineProcess
@@ -31,6 +33,7 @@ from triton_backend.config import EngineConfig, LayerConfig, ModelConfig, Versio
 from triton_backend.version_folder import sha256_of, verify
 
 pytestmark = pytest.mark.integration
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -189,14 +192,24 @@ def test_an_engine_that_cannot_load_the_version_is_reported_with_its_words(llama
         engine.receive()
 
 
-def test_a_version_for_another_device_says_where_to_prove_it(
+@without_gpu
+def test_a_version_for_cuda_is_not_begun_where_it_cannot_be_proven(llama_checkpoint: Path, tmp_path: Path) -> None:
+    asked = ExportConfig(str(llama_checkpoint), tmp_path / "1", device="cuda", precision="bf16")
+    with pytest.raises(InvalidConfig, match=r"finds no CUDA device here .* --no-certify .* llmos verify"):
+        export(asked)
+    assert list(tmp_path.iterdir()) == []
+
+
+@without_gpu
+def test_the_engine_says_that_a_version_needs_a_gpu(
     llama_version: Path, llama_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(llama_version, tmp_path / "version"))
     document = json.loads((folder / "model.json").read_text())
     document["model"] |= {"precision": "bf16", "cache_type": "bf16"}
+    document["engine"] |= {"device": "cuda"}
     (folder / "model.json").write_text(json.dumps(document))
-    with pytest.raises(EngineFailed, match=r"'bf16'.*export with --no-certify where there is none.*llmos verify"):
+    with pytest.raises(EngineFailed, match=r"device has value 'cuda', but .* no CUDA device; use a machine with one"):
         proof(folder, llama_checkpoint, "bf16")
 
 
