@@ -157,6 +157,7 @@ class ModelRunner:
         num_rows = max(token.row for token in tokens) + 1
         num_rows = next((captured for captured in self._captured_rows if captured >= num_rows), num_rows)
         step = self._step
+        step.wait()
         step.ids[:num_rows] = 0
         step.positions[:num_rows] = self._lengths[:num_rows]
         for row, token_id, position in tokens:

@@ -18,6 +18,7 @@ class StepInputs:
 
     def __init__(self, num_rows: int, device: torch.device, fixed_total: int | None = None) -> None:
         self._is_shared = device.type == "cpu"
+        self._uploaded = None if self._is_shared else torch.cuda.Event()
         pin = not self._is_shared
         self._host = {
             "input_ids": torch.zeros((num_rows, 1), dtype=torch.int64, pin_memory=pin),
@@ -32,14 +33,20 @@ class StepInputs:
         self.positions: np.ndarray = self._host["position_ids"].numpy()[:, 0]
         self._seqlens: np.ndarray = self._host["seqlens_k"].numpy()
 
+    def wait(self) -> None:
+        """Return when the device has what was uploaded last, so that the host may write again."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+
     def upload(self, num_rows: int) -> None:
         """Derive lengths from positions, then hand everything to the device."""
         self._seqlens[:num_rows] = self.positions[:num_rows]
         if not self._is_total_fixed:
             self.total.fill_(int(self._seqlens[:num_rows].max()) + 1)
-        if not self._is_shared:
+        if self._uploaded is not None:
             for name, host in self._host.items():
                 self._device[name][:num_rows].copy_(host[:num_rows], non_blocking=True)
+            self._uploaded.record()
 
     def tensors(self, num_rows: int) -> dict[str, torch.Tensor]:
         """What the graph reads for rows 0…num_rows − 1, by input name."""
