@@ -49,7 +49,8 @@ class AnyText(TypeDecorator[str]):
 
 def engine_options(url: URL) -> dict[str, Any]:
     """Options of ``create_engine``; what the URL says itself wins."""
-    options: dict[str, Any] = {"pool_pre_ping": True, "json_serializer": to_json}
+    # Parameters of a failed statement may be hashes of secrets, and errors are logged.
+    options: dict[str, Any] = {"pool_pre_ping": True, "json_serializer": to_json, "hide_parameters": True}
     if url.get_backend_name() == "postgresql":
         options["connect_args"] = {k: v for k, v in POSTGRESQL_CONNECTION.items() if k not in url.query}
     return options

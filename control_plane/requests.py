@@ -37,6 +37,8 @@ FROM_DIGITS = BeforeValidator(_from_digits)
 """A whole number in a query or a header."""
 FROM_JSON = BeforeValidator(_from_json)
 """A whole number in a body of a strict schema."""
+WITHOUT_NUL = r"^[^\x00]*$"
+"""Pattern of what both databases can store."""
 Limit = Annotated[int, Field(ge=1, le=MAX_PAGE), FROM_DIGITS]
 Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """A text in a query: no longer than any name of ours, without control characters."""
@@ -49,15 +51,18 @@ class PageQuery(BaseModel):
 
 
 class IfMatch(BaseModel):
-    """``revision`` is the one that an edit is meant for; None if any will do."""
+    """``revision`` is the one that an edit is meant for; None if any will do. Proxies that compress make ETags weak."""
 
     if_match: str | None = Field(
-        None, alias="If-Match", pattern=r'^(\*|"[0-9]{1,9}"|[0-9]{1,9})$', description="the ETag that was read, or *"
+        None,
+        alias="If-Match",
+        pattern=r'^(\*|(W/)?"[0-9]{1,9}"|[0-9]{1,9})$',
+        description="the ETag that was read, or *",
     )
 
     @property
     def revision(self) -> int | None:
-        return None if self.if_match in (None, "*") else int(self.if_match.strip('"'))
+        return None if self.if_match in (None, "*") else int(self.if_match.removeprefix("W/").strip('"'))
 
 
 def parse_body(schema: type[Given]) -> Given:

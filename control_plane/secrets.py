@@ -63,4 +63,6 @@ def _staged(path: Path, text: str) -> str:
     descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     with os.fdopen(descriptor, "w") as stream:
         stream.write(text + "\n")
+        stream.flush()
+        os.fsync(descriptor)
     return staged

@@ -19,7 +19,8 @@ def init_app(app: Flask, settings: Settings) -> None:
     from control_plane.auth.views import auth
 
     if settings.num_proxies:
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.num_proxies, x_proto=settings.num_proxies)  # type: ignore[method-assign]
+        # Every proxy adds to X-Forwarded-For; X-Forwarded-Proto is what the nearest one says.
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.num_proxies, x_proto=1)  # type: ignore[method-assign]
     app.extensions["passwords"] = Passwords()
     app.extensions["rate_limits"] = RateLimits(app, settings, known_principal)
     app.register_blueprint(auth)

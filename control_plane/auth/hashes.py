@@ -32,9 +32,10 @@ class Passwords:
 
     def hash(self, password: str) -> str:
         """Raises BadRequest for a password that is too short or too long, without repeating it."""
-        if not MIN_PASSWORD_LENGTH <= len(password) <= MAX_PASSWORD_LENGTH:
+        length = len(_normal(password[: MAX_PASSWORD_LENGTH + 1]))
+        if length < MIN_PASSWORD_LENGTH or len(password) > MAX_PASSWORD_LENGTH:
             raise BadRequest(
-                f"password has {len(password)} characters; expected {MIN_PASSWORD_LENGTH} to {MAX_PASSWORD_LENGTH}"
+                f"password has {length} characters; expected {MIN_PASSWORD_LENGTH} to {MAX_PASSWORD_LENGTH}"
             )
         with self._slot():
             return self._hasher.hash(_normal(password))

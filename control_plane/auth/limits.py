@@ -155,6 +155,8 @@ def _network(address: str | None) -> str:
         parsed = ipaddress.ip_address(address or "")
     except ValueError:
         return address or "unknown"
+    # What an IPv4 client looks like to a socket of IPv6.
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
     return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
 
 

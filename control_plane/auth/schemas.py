@@ -101,6 +101,7 @@ class KeyOut(Out):
     expires_at: Time | None
     revoked_at: Time | None
     last_used_at: Time | None
+    created_by: str
     created_at: Time
 
 
@@ -147,6 +148,7 @@ def key_out(key: ApiKey) -> dict[str, Any]:
         "expires_at": iso(key.expires_at),
         "revoked_at": iso(key.revoked_at),
         "last_used_at": iso(key.last_used_at),
+        "created_by": key.created_by,
         "created_at": iso(key.created_at),
     }
 

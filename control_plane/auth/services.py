@@ -12,17 +12,18 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 from flask import g, request
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
 from control_plane.auth import audit, sessions
 from control_plane.auth.hashes import sha256
 from control_plane.auth.key_params import KeyParams
-from control_plane.auth.principal import Principal, current_principal
-from control_plane.auth.roles import DEFAULT_SCOPE, includes, scopes_of
+from control_plane.auth.principal import Principal
+from control_plane.auth.roles import DEFAULT_SCOPE, scopes_of
 from control_plane.auth.tables import ApiKey
+from control_plane.databases import UNREACHABLE
 from control_plane.errors import ControlPlaneError, Forbidden, NotFound, Unauthorized
-from control_plane.extensions import db, now
+from control_plane.extensions import db, iso, now
 
 SCHEME = "llmos"
 OWN = "self"
@@ -54,9 +55,10 @@ def make_key(params: KeyParams) -> tuple[ApiKey, str]:
         requests_per_minute=params.requests_per_minute,
         tokens_per_minute=params.tokens_per_minute,
         expires_at=params.expires_at,
+        created_by=audit.current_actor(),
     )
     db.session.add(key)
-    audit.record("key.create", prefix, name=params.name, role=params.role, scopes=params.scopes, models=params.models)
+    audit.record("key.create", prefix, **{**vars(params), "expires_at": iso(params.expires_at)})
     db.session.commit()
     log.info("api_key_created", prefix=prefix, role=params.role)
     return key, f"{SCHEME}_{prefix}_{secret}"
@@ -78,8 +80,9 @@ def get_key(prefix: str) -> ApiKey:
 def revoke_key(prefix: str) -> ApiKey:
     """From now on the key is refused; revoking twice changes nothing. Anybody may revoke the key that they use."""
     key = _get(_visible(prefix))
-    if key.revoked_at is None:
-        key.revoked_at = now()
+    is_active = (ApiKey.id == key.id) & ApiKey.revoked_at.is_(None)
+    revoked = db.session.execute(update(ApiKey).where(is_active).values(revoked_at=now()))
+    if revoked.rowcount:  # type: ignore[attr-defined]
         audit.record("key.revoke", key.prefix)
         log.info("api_key_revoked", prefix=key.prefix)
     db.session.commit()
@@ -105,19 +108,19 @@ def identify() -> Principal:
     if IDENTITY not in request.environ:
         try:
             request.environ[IDENTITY] = _identify()
-        except ControlPlaneError as error:
+        except (ControlPlaneError, *UNREACHABLE) as error:
             request.environ[IDENTITY] = error
-    found: Principal | ControlPlaneError = request.environ[IDENTITY]
-    if isinstance(found, ControlPlaneError):
+    found: Principal | Exception = request.environ[IDENTITY]
+    if isinstance(found, Exception):
         raise found
     return found
 
 
 def known_principal() -> Principal | None:
-    """Who sent the current request, None for a stranger."""
+    """Who sent the current request, None for a stranger or while the database is away."""
     try:
         return identify()
-    except ControlPlaneError:
+    except (ControlPlaneError, *UNREACHABLE):
         return None
 
 
@@ -146,11 +149,6 @@ def require_key(role: str, *scopes: str) -> Callable[[Callable[P, R]], Callable[
 def role_of(view: Callable[..., object]) -> str | None:
     """The role that a view needs; None if it is public."""
     return getattr(view, "role", None)
-
-
-def role_allows(role: str) -> bool:
-    """Whether whoever is behind the current request may do what ``role`` may."""
-    return includes(current_principal().role, role)
 
 
 def identify_again(principal: Principal) -> Principal:

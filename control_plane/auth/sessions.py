@@ -37,7 +37,10 @@ def log_in(name: str, password: str) -> tuple[UserSession, str]:
     """A new session and its token; raises LoginFailed with one sentence, after one time, for every reason."""
     user = _verified(name, password)
     _keep_hash(user, password)
-    db.session.execute(delete(UserSession).where(UserSession.user_id == user.id, UserSession.expires_at <= now()))
+    # Whatever this browser was signed in with ends, as does what has expired.
+    replaced = UserSession.token_sha256 == sha256(request.cookies.get(COOKIE, ""))
+    expired = (UserSession.user_id == user.id) & (UserSession.expires_at <= now())
+    db.session.execute(delete(UserSession).where(replaced | expired))
     token = secrets.token_urlsafe(32)
     session = UserSession(token_sha256=sha256(token), user=user, expires_at=now() + LIFETIME)
     db.session.add(session)

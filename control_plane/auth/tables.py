@@ -35,6 +35,7 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None] = mapped_column(DateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(DateTime)
     last_used_at: Mapped[datetime | None] = mapped_column(DateTime)
+    created_by: Mapped[str] = mapped_column(String(128))
     created_at: Mapped[datetime] = mapped_column(DateTime, default=now)
 
     def state(self, at: datetime) -> str:
@@ -74,7 +75,7 @@ class UserSession(Base):
 
 
 class AuditEvent(Base):
-    """One change, written in the same transaction as the change itself. ``actor`` is a key's prefix or a user's name.
+    """One change, written in the same transaction as the change itself. ``actor`` as ``audit.current_actor`` says it.
 
     ``action`` is ``object.verb`` (``alias.set``, ``key.create``), ``object_id`` names what was changed.
     """

@@ -18,9 +18,9 @@ from sqlalchemy.orm import aliased
 from control_plane.auth import audit
 from control_plane.auth.hashes import Passwords
 from control_plane.auth.roles import check_role
-from control_plane.auth.tables import User, UserSession
+from control_plane.auth.tables import ApiKey, User, UserSession
 from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
-from control_plane.extensions import db
+from control_plane.extensions import db, now
 
 ADMIN = "admin"
 MAX_NAME_LENGTH = 64
@@ -89,7 +89,8 @@ def get_user(name: str) -> User:
 
 
 def edit_user(name: str, edit: UserEdit, revision: int | None) -> User:
-    """Change a user; a new password or a deactivation ends all of their sessions in the same transaction.
+    """Change a user; a new password or a deactivation ends all of their sessions in the same transaction, a
+    deactivation also the keys that they made.
 
     Raises PreconditionFailed if the user is not at ``revision`` any more, Conflict for the last active administrator.
     """
@@ -113,6 +114,8 @@ def edit_user(name: str, edit: UserEdit, revision: int | None) -> User:
         )
     if edit.ends_sessions:
         db.session.execute(delete(UserSession).where(UserSession.user_id == user_id))
+    if edit.is_active is False:
+        _revoke_keys_of(f"user:{name}")
     audit.record("user.edit", name, **edit.named())
     db.session.commit()
     log.info("user_edited", user=name, **edit.named())
@@ -136,6 +139,18 @@ def _change(user_id: int, revision: int, takes_admin: bool, values: dict[str, An
         conditions.append(or_(User.role != ADMIN, User.is_active.is_(False), is_another))
     changed = db.session.execute(update(User).where(*conditions).values(**values))
     return bool(changed.rowcount)  # type: ignore[attr-defined]
+
+
+def _revoke_keys_of(maker: str) -> None:
+    """Those that were made with these keys, too; in the current transaction."""
+    makers = [maker]
+    while makers:
+        is_theirs = ApiKey.created_by.in_(makers) & ApiKey.revoked_at.is_(None)
+        prefixes = list(db.session.scalars(select(ApiKey.prefix).where(is_theirs)))
+        db.session.execute(update(ApiKey).where(ApiKey.prefix.in_(prefixes)).values(revoked_at=now()))
+        for prefix in prefixes:
+            audit.record("key.revoke", prefix)
+        makers = [f"key:{prefix}" for prefix in prefixes]
 
 
 def _is_admin(user: Any) -> ColumnElement[bool]:

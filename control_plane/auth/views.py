@@ -31,7 +31,16 @@ from control_plane.auth.schemas import (
 )
 from control_plane.auth.services import require_key
 from control_plane.auth.tables import UserSession
-from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed, RateLimited, Unauthorized
+from control_plane.errors import (
+    BadRequest,
+    Conflict,
+    DatabaseUnavailable,
+    NotFound,
+    Overloaded,
+    PreconditionFailed,
+    RateLimited,
+    Unauthorized,
+)
 from control_plane.operations import ETAG, NO_STORE, Operation, Page, with_etag
 from control_plane.requests import IfMatch, page, parse_body
 
@@ -85,7 +94,7 @@ def list_users(query: UserQuery) -> dict[str, Any]:
 
 @auth.post("/users")
 @require_key("admin")
-@Operation(UserOut, 201, body=UserIn, errors=(Conflict,), sends={**LOCATION, **ETAG})
+@Operation(UserOut, 201, body=UserIn, errors=(Conflict, Overloaded), sends={**LOCATION, **ETAG})
 def create_user(body: UserIn) -> Tagged:
     """Make a user."""
     document, headers = with_etag(user_out(users.create_user(body.name, body.password, body.role)))
@@ -102,7 +111,7 @@ def show_user(name: str) -> Tagged:
 
 @auth.patch("/users/<name>")
 @require_key("admin")
-@Operation(UserOut, headers=IfMatch, body=UserChange, errors=(Conflict, PreconditionFailed), sends=ETAG)
+@Operation(UserOut, headers=IfMatch, body=UserChange, errors=(Conflict, PreconditionFailed, Overloaded), sends=ETAG)
 def edit_user(name: str, headers: IfMatch, body: UserChange) -> Tagged:
     """Change role, password, or whether somebody may sign in.
 
@@ -112,7 +121,9 @@ def edit_user(name: str, headers: IfMatch, body: UserChange) -> Tagged:
 
 
 @auth.post("/session")
-@Operation(SessionOut, 201, reads=LoginIn, errors=(Unauthorized, RateLimited), sends=NO_STORE)
+@Operation(
+    SessionOut, 201, reads=LoginIn, errors=(Unauthorized, RateLimited, DatabaseUnavailable, Overloaded), sends=NO_STORE
+)
 def log_in() -> Response:
     """Sign in with name and password; the answer sets a cookie."""
     # A form of another site can post any text, but not JSON: so nobody is signed in as somebody else unawares.
@@ -140,7 +151,7 @@ def show_session() -> Tagged:
 
 @auth.patch("/session")
 @require_key("viewer", *SCOPES)
-@Operation(None, 204, body=PasswordChange, errors=(NotFound, RateLimited))
+@Operation(None, 204, body=PasswordChange, errors=(NotFound, RateLimited, PreconditionFailed, Overloaded))
 def change_password(body: PasswordChange) -> Response:
     """Change one's own password; everywhere that one is signed in, one has to sign in again."""
     sessions.change_password(_session(), body.current_password, body.password)

@@ -6,10 +6,10 @@ import time
 
 import structlog
 from flask import Flask, current_app, g
-from sqlalchemy.exc import OperationalError
 
 from control_plane.auth.principal import Principal
 from control_plane.auth.services import identify_again
+from control_plane.databases import UNREACHABLE, reason_of
 
 RECHECK_S = 2.0
 
@@ -34,6 +34,6 @@ class Watch:
         try:
             with self._app.app_context():
                 identify_again(self._principal).require(self._role, self._scopes)
-        except OperationalError as error:
+        except UNREACHABLE as error:
             # A database that is busy for a moment takes no right away; the next look is near.
-            log.warning("recheck_failed", reason=str(error.orig))
+            log.warning("recheck_failed", reason=reason_of(error))

@@ -45,7 +45,8 @@ def list_keys(as_json: AsJson = False) -> None:
     if as_json:
         return print_json(found)
     rows = [[str(key[name] or "") for name in ("prefix", "name", "role")] + _limit_cells(key) for key in found]
-    print_table(["prefix", "name", "role", "scopes", "models", "per minute", "state", "expires", "last used"], rows)
+    titles = ["prefix", "name", "role", "scopes", "models", "per minute", "state", "expires", "last used", "made by"]
+    print_table(titles, rows)
 
 
 @keys.command()
@@ -89,4 +90,5 @@ def _limit_cells(key: dict[str, Any]) -> list[str]:
         key["state"],
         (key["expires_at"] or "")[:10],
         (key["last_used_at"] or "")[:16],
+        key["created_by"],
     ]

@@ -75,7 +75,9 @@ def ping_worker(celery: Celery, timeout_s: float, queue: str = "default") -> Wor
         with redis.Redis.from_url(url, socket_timeout=limit_s, socket_connect_timeout=limit_s) as client:
             reply = client.blpop([reply_to], timeout=timeout_s)
     except (OperationalError, redis.RedisError, OSError) as error:
-        raise WorkerUnavailable(f"Redis does not answer: {error}") from error
+        # Where it is and what it said is not for everybody who sees the page.
+        log.warning("redis_does_not_answer", reason=str(error))
+        raise WorkerUnavailable("Redis does not answer; see the log of the web server") from error
     if reply is None:
         raise WorkerUnavailable(f"no worker ran the canary task within {timeout_s:g} s")
     answer = json.loads(reply[1])

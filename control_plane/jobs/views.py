@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from apiflask import APIBlueprint
-from flask import Flask, Response, current_app, request
+from flask import Flask, Response, current_app, g, request
 
 from control_plane.auth.principal import current_principal
-from control_plane.auth.services import require_key, role_allows
+from control_plane.auth.services import require_key
 from control_plane.auth.watch import Watch
 from control_plane.databases import UNREACHABLE
-from control_plane.errors import Conflict, ControlPlaneError, Forbidden, NotFound, Overloaded
+from control_plane.errors import Conflict, ControlPlaneError, NotFound, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
@@ -67,9 +67,7 @@ def submit_job(headers: SubmitHeaders, body: JobIn) -> tuple[Job, dict[str, str]
     """Submit a job; its kind may need a higher role."""
     kind = _kinds().get(body.kind)
     if kind is not None:
-        if not role_allows(kind.role):
-            raise Forbidden(f"jobs of kind {body.kind!r} need the role {kind.role!r}")
-        current_principal().require(kind.role, (services.check_params(kind, body.params).scope,))
+        _require(kind, body.params)
     job = services.submit(
         current_app.extensions["celery"],
         _kinds(),
@@ -103,7 +101,7 @@ def list_events(job_id: str, query: EventQuery, headers: EventHeaders) -> dict[s
         slots = app.extensions["event_stream_slots"]
         if not slots.acquire(blocking=False):
             raise Overloaded("too many event streams are open; close some, or set LLMOS_WEB_THREADS higher")
-        events = _until_error(app, _event_stream(app, Watch(), job_id, after))
+        events = _until_error(app, g.request_id, _event_stream(app, Watch(), job_id, after))
         response = Response(events, content_type=f"{EVENT_STREAM}; charset=utf-8")
         response.call_on_close(slots.release)
         response.headers["Cache-Control"] = "no-cache"
@@ -124,17 +122,26 @@ def cancel_job(job_id: str) -> Job:
 @require_key("operator", "jobs")
 @Operation(JobOut, errors=(Conflict,))
 def retry_job(job_id: str) -> Job:
-    """Run a failed or cancelled job again, from its last finished step on."""
+    """Run a failed or cancelled job again, from its last finished step on; for those who may submit it."""
+    job = services.get(job_id)
+    if (kind := _kinds().get(job.kind)) is not None:
+        _require(kind, job.params)
     limit = current_app.config["SETTINGS"].retry_limit
     return services.retry(current_app.extensions["celery"], job_id, limit)
 
 
-def _until_error(app: Flask, events: Iterator[str]) -> Iterator[str]:
+def _require(kind: JobKind, params: dict[str, Any]) -> None:
+    """What jobs of a kind with such parameters ask of whoever has them run."""
+    current_principal().require(kind.role, (services.check_params(kind, params).scope,))
+
+
+def _until_error(app: Flask, request_id: str, events: Iterator[str]) -> Iterator[str]:
     """A stream that cannot go on says why in its last event, a problem document."""
     try:
         yield from events
     except ControlPlaneError as error:
         with app.app_context():
+            g.request_id = request_id
             problem = problem_body(str(error), error.status, error.code)
         yield f"event: error\ndata: {json.dumps(problem, ensure_ascii=False)}\n\n"
 

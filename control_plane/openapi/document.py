@@ -18,7 +18,15 @@ from werkzeug.http import HTTP_STATUS_CODES
 
 from control_plane.auth.services import role_of
 from control_plane.auth.sessions import COOKIE
-from control_plane.errors import BadRequest, ControlPlaneError, Forbidden, NotFound, RateLimited, Unauthorized
+from control_plane.errors import (
+    BadRequest,
+    ControlPlaneError,
+    DatabaseUnavailable,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+)
 from control_plane.openapi.schemas import (
     COLLECTIONS,
     Components,
@@ -161,7 +169,7 @@ def _errors(route: Route, components: Components) -> Document:
     has_body = declared.body is not None or declared.reads is not None
     errors: list[type[ControlPlaneError]] = [ControlPlaneError, *declared.errors]
     if role_of(route.view) is not None:
-        errors += [Unauthorized, Forbidden, RateLimited]
+        errors += [Unauthorized, Forbidden, RateLimited, DatabaseUnavailable]
     if has_body or declared.query or declared.headers:
         errors.append(BadRequest)
     if VARIABLE.search(route.rule):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from control_plane.auth import audit
 from control_plane.auth.services import require_key
-from control_plane.errors import Conflict
+from control_plane.errors import Conflict, ControlPlaneError
 from control_plane.extensions import db
 from control_plane.jobs import services as jobs
 from control_plane.jobs.schemas import JobOut
@@ -19,6 +19,7 @@ from control_plane.operations import Operation, Out
 from control_plane.registry import adapters, services
 from control_plane.registry.aliases import of_model
 from control_plane.registry.schemas import VersionNumber
+from control_plane.requests import WITHOUT_NUL
 from control_plane.settings import Settings
 
 adapter_routes = APIBlueprint("adapters", __name__, url_prefix="/api/v1")
@@ -30,7 +31,7 @@ class AdapterIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    peft_folder: Annotated[str, Field(min_length=1, max_length=MAX_PATH, pattern=r"^[^\x00]*$")] = Field(
+    peft_folder: Annotated[str, Field(min_length=1, max_length=MAX_PATH, pattern=WITHOUT_NUL)] = Field(
         description="a folder on the server, as PEFT's save_pretrained writes it"
     )
     version: VersionNumber | None = None
@@ -80,8 +81,14 @@ def put_adapter(name: str, adapter: str, body: AdapterIn) -> tuple[Job, dict[str
 def delete_adapter(name: str, adapter: str) -> Response:
     """Remove an adapter; requests that run with it go on."""
     services.get_model(name)
-    adapters.remove_adapter(_settings().model_repository, name, adapter)
+    # Written before the folder goes: what is gone must not be gone without a word.
     audit.record("adapter.delete", f"{name}/{adapter}")
+    db.session.flush()
+    try:
+        adapters.remove_adapter(_settings().model_repository, name, adapter)
+    except ControlPlaneError:
+        db.session.rollback()
+        raise
     db.session.commit()
     return Response(status=204)
 

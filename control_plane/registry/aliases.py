@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import ColumnElement, delete, select
+from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import joinedload
 
@@ -29,7 +29,7 @@ def set_own(name: str, alias_name: str, number: int, revision: int | None = None
     model, version = get_model(name), get_version(name, number)
     alias = find(model, alias_name)
     check_revision(f"{name}@{alias_name}", alias, revision)
-    point(model, alias_name, version, None)
+    point(model, alias_name, version, None, revision)
     audit.record("alias.set", f"{name}@{alias_name}", version=number)
     try:
         db.session.commit()
@@ -81,14 +81,23 @@ def check_revision(shown: str, alias: Alias | None, expected: int | None) -> Non
         )
 
 
-def point(model: Model, alias_name: str, version: Version, weight: float | None) -> None:
-    """Move an alias, or make it, in the current transaction; ``weight`` is the canary's share in percent."""
+def point(model: Model, alias_name: str, version: Version, weight: float | None, expected: int | None = None) -> None:
+    """Move an alias, or make it, in the current transaction; ``weight`` is the canary's share in percent.
+
+    Raises PreconditionFailed if it is not at the revision ``expected`` any more, or was removed meanwhile.
+    """
     alias = find(model, alias_name)
     if alias is None:
         db.session.add(Alias(model_id=model.id, name=alias_name, version_id=version.id, weight=weight))
         return
-    alias.version_id, alias.weight, alias.updated_at = version.id, weight, now()
-    alias.revision += 1
+    # Compare and set in one statement: between reading and writing somebody else may have moved it.
+    is_same = [Alias.id == alias.id, *([] if expected is None else [Alias.revision == expected])]
+    values = {"version_id": version.id, "weight": weight, "updated_at": now(), "revision": Alias.revision + 1}
+    moved = db.session.execute(update(Alias).where(*is_same).values(**values))
+    if not moved.rowcount:  # type: ignore[attr-defined]
+        db.session.rollback()
+        raise PreconditionFailed(f"{model.name}@{alias_name} was moved or removed just now; read it again")
+    db.session.expire(alias)
 
 
 def remove(model: Model, names: Sequence[str], *conditions: ColumnElement[bool]) -> None:

@@ -21,11 +21,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import joinedload
 
 from control_plane.auth import audit
-from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound
+from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, PreconditionFailed
 from control_plane.extensions import db, now
 from control_plane.registry import aliases, gate
 from control_plane.registry.desired import ModelIntent
-from control_plane.registry.services import get_model, get_version
+from control_plane.registry.services import get_model, get_version, lock_model
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
 from control_plane.registry.tables import (
     BLOCKED,
@@ -75,14 +75,18 @@ def deploy(
     """
     if kind not in KINDS:
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(KINDS)}")
+    # First of all, so that whoever deploys at the same time is seen below.
+    lock_model(name)
     model = get_model(name)
     production, canary = aliases.find(model, PRODUCTION), aliases.find(model, CANARY)
     aliases.check_revision(f"{name}@{PRODUCTION}", production, revision)
+    if revision is not None:
+        _require_nobody_deploys(model)
     version = _target(model, kind, number, production, canary)
     _check(kind, version, weight, production)
     # What was served before, and the canary that there is, went through the gate then.
     is_the_canary = kind == "canary" and canary is not None and canary.version_id == version.id
-    is_known = is_the_canary or kind in ("rollback", *ENDINGS)
+    is_known = is_the_canary or kind in ENDINGS or (kind == "rollback" and _was_production(version))
     overridden = [] if is_known else _objections(model, version, reason, force, may_force)
     alias = canary if KINDS[kind] == CANARY else production
     deployment = Deployment(
@@ -252,6 +256,24 @@ def _version_before(model: Model, production: Alias | None) -> Version:
     return last.previous_version
 
 
+def _was_production(version: Version) -> bool:
+    query = select(Deployment.id).where(
+        Deployment.version_id == version.id, Deployment.alias == PRODUCTION, Deployment.state == UP_TO_DATE
+    )
+    return db.session.scalar(query.limit(1)) is not None
+
+
+def _require_nobody_deploys(model: Model) -> None:
+    """A deployment in progress moves production soon; raises PreconditionFailed."""
+    query = select(Deployment.id).where(
+        Deployment.model_id == model.id, Deployment.alias == PRODUCTION, Deployment.state == IN_PROGRESS
+    )
+    if (found := db.session.scalar(query.limit(1))) is not None:
+        raise PreconditionFailed(
+            f"deployment {found} of {model.name!r} is in progress, If-Match expects that nobody deploys: read it again"
+        )
+
+
 def _check(kind: str, version: Version, weight: float | None, production: Alias | None) -> None:
     if version.retired_at is not None:
         raise Conflict(f"version {version.number} is retired and never served again; publish it anew")
@@ -292,6 +314,18 @@ def _finish(deployment: Deployment, warm: timedelta) -> None:
     if not _end(deployment, state, previous_version_id=previous.id if previous else None) or is_pointless:
         db.session.commit()
         return
+    try:
+        _move(deployment, previous, warm)
+        db.session.commit()
+    except (IntegrityError, PreconditionFailed):
+        db.session.rollback()  # The alias was made or removed by somebody else just now; the next look moves it.
+        return
+    log.info("deployed", model=model.name, kind=deployment.kind, version=version.number, id=deployment.id)
+
+
+def _move(deployment: Deployment, previous: Version | None, warm: timedelta) -> None:
+    """Aliases and what stays warm, and the audit of it, in the current transaction."""
+    model, version = deployment.model, deployment.version
     if deployment.kind in ENDINGS:
         aliases.remove(model, aliases.RESERVED if deployment.kind == "withdraw" else (CANARY,))
         is_version = Version.model_id == model.id if deployment.kind == "withdraw" else Version.id == version.id
@@ -303,14 +337,8 @@ def _finish(deployment: Deployment, warm: timedelta) -> None:
         if deployment.alias == PRODUCTION:
             # A canary that is promoted has done its work.
             aliases.remove(model, (CANARY,), Alias.version_id == version.id)
-    details: dict[str, Any] = {"version": None if deployment.kind in ENDINGS else version.number}
-    audit.record("alias.set", f"{model.name}@{deployment.alias}", deployment.created_by, **details)
-    try:
-        db.session.commit()
-    except IntegrityError:
-        db.session.rollback()  # The alias was made by somebody else just now; the next look moves it.
-        return
-    log.info("deployed", model=model.name, kind=deployment.kind, version=version.number, id=deployment.id)
+    number = None if deployment.kind in ENDINGS else version.number
+    audit.record("alias.set", f"{model.name}@{deployment.alias}", deployment.created_by, version=number)
 
 
 def _failed_since(state: ModelState, at: datetime) -> bool:

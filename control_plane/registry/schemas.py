@@ -13,7 +13,7 @@ from control_plane.registry.deployments import MAX_REASON
 from control_plane.registry.services import MAX_DESCRIPTION, ModelSummary
 from control_plane.registry.serving_state import STANDBY, ServingState
 from control_plane.registry.tables import PRODUCTION, Alias, Deployment, Evaluation, Model, Version
-from control_plane.requests import FROM_DIGITS, FROM_JSON, PageQuery, Text
+from control_plane.requests import FROM_DIGITS, FROM_JSON, WITHOUT_NUL, PageQuery, Text
 
 MAX_NUMBER = 10**9 - 1
 MAX_THRESHOLDS = 100
@@ -64,7 +64,7 @@ class ModelEdit(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    description: Annotated[str, Field(max_length=MAX_DESCRIPTION)] | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION, pattern=WITHOUT_NUL)] | None = None
     thresholds: (
         Annotated[dict[Annotated[str, Field(pattern=METRIC)], Limits], Field(max_length=MAX_THRESHOLDS)] | None
     ) = None
@@ -88,7 +88,7 @@ class DeploymentIn(BaseModel):
     kind: Kind
     version: VersionNumber | None = None
     weight: Annotated[float, Field(ge=0, le=100)] | None = None
-    reason: Annotated[str, Field(max_length=MAX_REASON)] | None = None
+    reason: Annotated[str, Field(max_length=MAX_REASON, pattern=WITHOUT_NUL)] | None = None
     force: bool = False
 
 

@@ -104,6 +104,11 @@ def get_model(name: str) -> Model:
     return model
 
 
+def lock_model(name: str) -> None:
+    """Let whoever else locks this model wait until this transaction ends; to be called before anything is read."""
+    db.session.execute(update(Model).where(Model.name == name).values(revision=Model.revision))
+
+
 def find_versions(name: str, before: int | None, limit: int) -> list[Version]:
     """Newest first; ``before`` is the last number of the page before."""
     query = select(Version).where(Version.model_id == get_model(name).id).order_by(Version.number.desc()).limit(limit)

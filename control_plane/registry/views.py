@@ -7,7 +7,8 @@ from typing import Any
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify
 
-from control_plane.auth.services import require_key, role_allows
+from control_plane.auth.principal import current_principal
+from control_plane.auth.services import require_key
 from control_plane.errors import Conflict, PreconditionFailed
 from control_plane.operations import ETAG, Operation, Page, with_etag
 from control_plane.registry import aliases, deployments, needs, services, serving_state
@@ -163,7 +164,7 @@ def deploy(name: str, headers: IfMatch, body: DeploymentIn) -> Response:
         weight=body.weight,
         reason=body.reason,
         force=body.force,
-        may_force=role_allows("admin"),
+        may_force="admin" in current_principal().scopes,
         warm=_settings().warm,
         revision=headers.revision,
     )

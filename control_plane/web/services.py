@@ -17,8 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import redis
 import sqlalchemy
+import structlog
 from flask import Flask
 
+from control_plane.databases import reason_of
 from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound, RequestTimeout
 from control_plane.extensions import db
 from control_plane.jobs.services import HEAVY_QUEUES, ping_worker, running_job
@@ -36,6 +38,7 @@ PROCESS_TIMEOUT_S = 2.0
 MAX_PROBES_AT_ONCE = 16
 PACKAGES = ("llmos", "onnxruntime-gpu", "onnxruntime", "torch", "transformers", "tritonclient", "flask", "celery")
 
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 
@@ -200,6 +203,10 @@ def package_versions() -> dict[str, str]:
 def _ask(name: str, purpose: str, question: Callable[[], str]) -> ProcessStatus:
     try:
         return ProcessStatus(name, purpose, "ready", question())
-    except (ControlPlaneError, redis.RedisError, sqlalchemy.exc.SQLAlchemyError) as error:
+    except ControlPlaneError as error:
         # One line is enough for a page; the log of the process has the rest.
         return ProcessStatus(name, purpose, "failed", str(error).splitlines()[0])
+    except (redis.RedisError, sqlalchemy.exc.SQLAlchemyError) as error:
+        # Where it is and what it said is not for everybody who sees the page.
+        log.warning("process_does_not_answer", process=name, reason=reason_of(error))
+        return ProcessStatus(name, purpose, "failed", "it does not answer; see the log of the web server")

@@ -181,6 +181,12 @@ def test_a_network_of_ipv6_counts_as_one_address(app, ada):
     assert log_in(app, PASSWORD, "2001:db8:0:1::1").status_code == 201
 
 
+def test_addresses_of_ipv4_are_told_apart_on_a_socket_of_ipv6(app, ada):
+    attempts = FAILED_LOGINS_PER_MINUTE + 1
+    assert statuses(lambda: log_in(app, "wrong password", "::ffff:192.0.2.1"), attempts) == [401] * 10 + [429]
+    assert log_in(app, PASSWORD, "::ffff:192.0.2.2").status_code == 201
+
+
 @pytest.mark.parametrize(("num_proxies", "last"), [(0, 429), (1, 401)])
 def test_an_address_is_what_a_trusted_proxy_says_and_nobody_else(build, redis_process, num_proxies, last):
     app = build(num_proxies=num_proxies)

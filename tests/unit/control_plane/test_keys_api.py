@@ -12,6 +12,8 @@ from urllib.parse import quote
 import httpx
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from control_plane.auth import watch
 from control_plane.auth.key_params import KeyParams
@@ -22,8 +24,10 @@ from control_plane.client import ApiError, ControlPlane
 from control_plane.extensions import db, now
 from control_plane.jobs.tables import Job
 from control_plane.registry.places import Place
+from control_plane.registry.services import register
 from control_plane.triton_fake import word_by_word
 from tests.served import say_loaded, serve
+from tests.unit.control_plane.registry.conftest import sealed
 
 pytestmark = pytest.mark.unit
 
@@ -231,6 +235,26 @@ def test_a_job_that_changes_what_is_served_needs_the_scope_for_that(app, plain_t
         assert answer.status_code == status
 
 
+def test_running_a_job_again_needs_what_submitting_it_needs(app, plain_text):
+    client, full = app.test_client(), bearer(plain_text("operator"))
+    body = {"kind": "publish", "params": {"checkpoint": "tiny", "name": "chat", "deploy": "promote"}}
+    job = f"/api/v1/jobs/{client.post('/api/v1/jobs', json=body, headers=full).json['id']}"
+    assert client.post(f"{job}/cancel", headers=full).json["state"] == "CANCELLED"
+    answer = client.post(f"{job}/retry", headers=bearer(plain_text("operator", scopes=["jobs"])))
+    assert (answer.status_code, "scope 'deploy'" in answer.json["detail"]) == (403, True)
+    assert client.post(f"{job}/retry", headers=full).status_code == 200
+
+
+def test_forcing_needs_the_scope_of_an_administrator(app, plain_text, tmp_path):
+    with app.app_context():
+        number = register("starter", sealed(tmp_path / "bad", "bad", passed=False)).number
+    body = {"kind": "promote", "version": number, "force": True, "reason": "it must be out today"}
+    path, client = "/api/v1/models/starter/deployments", app.test_client()
+    answer = client.post(path, json=body, headers=bearer(plain_text("admin", scopes=["deploy"])))
+    assert (answer.status_code, "needs the role 'admin'" in answer.json["detail"]) == (403, True)
+    assert client.post(path, json=body, headers=bearer(plain_text("admin"))).status_code == 202
+
+
 def test_a_key_for_some_models_meets_no_other(app, settings, triton, plain_text):
     triton.models["other"] = word_by_word
     with app.app_context():
@@ -338,11 +362,10 @@ def test_a_job_that_is_gone_ends_its_stream_with_a_sentence(app, connect):
     assert ended.value.status == 404
 
 
-def test_a_busy_database_ends_no_stream(app, plain_text, monkeypatch):
-    from sqlalchemy.exc import OperationalError
-
+@pytest.mark.parametrize("unreachable", [OperationalError, InterfaceError, lambda *_: PoolTimeout("no room")])
+def test_a_busy_database_ends_no_stream(app, plain_text, monkeypatch, unreachable):
     def busy(_):
-        raise OperationalError("SELECT", {}, Exception("database is locked"))
+        raise unreachable("SELECT", {}, Exception("database is locked"))
 
     monkeypatch.setattr(watch, "RECHECK_S", 0.0)
     monkeypatch.setattr(watch, "identify_again", busy)

@@ -64,7 +64,8 @@ def test_only_hashes_are_stored_and_no_answer_or_audit_row_has_them(app, sign_in
 
 
 @pytest.mark.parametrize(
-    ("host", "num_proxies", "is_secure"), [("127.0.0.1", "0", False), ("0.0.0.0", "0", True), ("127.0.0.1", "1", True)]
+    ("host", "num_proxies", "is_secure"),
+    [("127.0.0.1", "0", False), ("0.0.0.0", "0", True), ("127.0.0.1", "1", True), ("127.0.0.1", "2", True)],
 )
 def test_the_cookie_is_for_this_site_only_and_for_no_script(tmp_path, triton, host, num_proxies, is_secure):
     variables = {"LLMOS_HOME": str(tmp_path), "LLMOS_DATABASE_URL": "sqlite://", "LLMOS_HOST": host}
@@ -231,6 +232,30 @@ def test_a_new_password_and_a_deactivation_end_every_session_of_that_user(admin,
     for browser in (one, two):
         assert browser.get("/api/v1/jobs").json["code"] == "invalid_session"
     assert other.get("/api/v1/jobs").status_code == 200
+
+
+def test_a_deactivation_ends_the_keys_that_were_made(app, admin, sign_in):
+    browser, csrf = sign_in("eve")
+    made = browser.post("/api/v1/keys", json={"name": "robot", "role": "admin"}, headers=csrf).json
+    robot = {"Authorization": f"Bearer {made['key']}"}
+    grandchild = app.test_client().post("/api/v1/keys", json={"name": "helper"}, headers=robot).json
+    assert (made["created_by"], grandchild["created_by"]) == ("user:eve", f"key:{made['prefix']}")
+    sign_in("ada")
+    admin.edit_user("eve", is_active=False)
+    states = {key["prefix"]: key["state"] for key in admin.keys()}  # noqa: SIM118
+    assert (states[made["prefix"]], states[grandchild["prefix"]]) == ("revoked", "revoked")
+    assert list(states.values()).count("active") == 1
+    assert app.test_client().get("/api/v1/jobs", headers=robot).status_code == 401
+
+
+def test_signing_in_again_ends_what_the_browser_was_signed_in_with(app, sign_in):
+    browser, _ = sign_in("eve")
+    before = browser.get_cookie("llmos_session").value
+    assert browser.post("/api/v1/session", json={"name": "eve", "password": PASSWORD}).status_code == 201
+    with_old = app.test_client()
+    with_old.set_cookie("llmos_session", before)
+    assert with_old.get("/api/v1/jobs").json["code"] == "invalid_session"
+    assert browser.get("/api/v1/jobs").status_code == 200
 
 
 def test_a_new_role_holds_from_the_next_request_on(admin, sign_in):

@@ -45,6 +45,7 @@ def test_hostile_names_make_and_find_no_user(app, admin, sign_in, name):
     [
         ({"password": "short"}, "password has 5 characters"),
         ({"password": "x" * 257}, "password has 257 characters"),
+        ({"password": "e\u0301" * 6}, "password has 6 characters"),
         ({"password": 123456789012}, "password is not as expected"),
         ({"role": "root"}, "role has value 'root'"),
         ({"role": "' OR 1=1 --"}, "role has value"),

@@ -101,6 +101,8 @@ def test_index_says_what_is_running(client):
 def test_index_says_which_process_is_down(client):
     text = client.get("/").get_data(as_text=True)
     assert re.search(r"Worker</strong>.*?Redis does not answer.*?failed", text, re.DOTALL)
+    assert re.search(r"Redis</strong>.*?it does not answer; see the log.*?failed", text, re.DOTALL)
+    assert "127.0.0.1:1" not in text
 
 
 def test_page_uses_nothing_from_outside_and_no_inline_code(client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,7 +14,9 @@ from sqlalchemy import select
 from control_plane import create_app
 from control_plane.auth.tables import AuditEvent
 from control_plane.client import ApiError, ControlPlane
+from control_plane.errors import PreconditionFailed
 from control_plane.extensions import db
+from control_plane.registry import aliases as own_aliases
 from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.places import Place
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
@@ -217,6 +220,49 @@ def test_two_people_cannot_promote_over_each_other(chat, llmos, say):
     revision = llmos.model("chat")["aliases"][0]["revision"]
     llmos.deploy("chat", "promote", 2, revision=revision)
     refused(llmos, 412, "chat@production is at revision 2, If-Match expects 1", "chat", "rollback", revision=revision)
+
+
+def test_a_rollback_asks_the_gate_of_what_was_never_served(chat, llmos, say):
+    say(LOADED, Place("chat", 1), Place("chat.canary", 2), Place("chat.canary", 3))
+    refused(llmos, 409, "may not be served", "chat", "rollback", 3)
+    llmos.deploy("chat", "promote", 2)
+    assert llmos.deploy("chat", "rollback", 1)["state"] == "UpToDate"
+
+
+def test_if_match_expects_that_nobody_deploys(chat, llmos):
+    llmos.deploy("chat", "promote", 2)
+    refused(llmos, 412, "is in progress, If-Match expects that nobody deploys", "chat", "promote", 2, revision=1)
+    assert llmos.deploy("chat", "promote", 2)["state"] == "InProgress"
+
+
+def test_of_many_who_deploy_at_once_with_the_same_revision_one_does(settings, tmp_path):
+    app = create_app(replace(settings, database_url_override=f"sqlite:///{tmp_path / 'llmos.db'}"), FakeTriton({}))
+    with app.app_context():
+        db.create_all()
+        for salt in "ab":
+            services.register("chat", sealed(tmp_path / salt, salt))
+        deployments.adopt_production("chat", 1)
+    together = threading.Barrier(6)
+
+    def deploy(_: int) -> bool:
+        with app.app_context():
+            together.wait()
+            try:
+                deployments.deploy("chat", "promote", NOBODY, number=2, revision=1)
+            except PreconditionFailed:
+                return False
+            return True
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(deploy, range(6))) == 1
+
+
+def test_an_alias_that_was_moved_since_it_was_read_is_not_moved_back(chat, llmos):
+    llmos.set_alias("chat", "stable", 1)
+    model, version = services.get_model("chat"), services.get_version("chat", 2)
+    own_aliases.point(model, "stable", version, None, expected=1)
+    with pytest.raises(PreconditionFailed, match="chat@stable was moved or removed just now"):
+        own_aliases.point(model, "stable", version, None, expected=1)
 
 
 def test_a_retired_version_is_not_served_and_a_served_one_not_retired(chat, llmos, say):

@@ -88,6 +88,9 @@ def test_a_bad_edit_is_refused(app, tmp_path, body):
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {create_key('o', 'operator')}"
     assert client.patch("/api/v1/models/chat", data=body).status_code == 400
+    assert client.patch("/api/v1/models/chat", json={"description": "a\0b"}).status_code == 400
+    weak = client.patch("/api/v1/models/chat", json={"description": "x"}, headers={"If-Match": 'W/"9"'})
+    assert weak.status_code == 412
     bad_tag = client.patch("/api/v1/models/chat", json={"description": "x"}, headers={"If-Match": '"x"'})
     assert bad_tag.status_code == 400
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {create_key('d', 'developer')}"
