@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from transformers import PreTrainedModel
 
+from exporters.errors import EngineFailed
 from exporters.suppression import suppressed_tokens
 from triton_backend.config import VersionConfig
 
@@ -149,7 +150,11 @@ def _session(graph: Path, options: ort.SessionOptions, device: str) -> ort.Infer
     """Where the engine runs it, so that what is measured is what is served; the engine says if that cannot be."""
     if device == "cuda":
         ort.preload_dlls()
-    return ort.InferenceSession(str(graph), options, providers=[f"{device.upper()}ExecutionProvider"])
+    provider = f"{device.upper()}ExecutionProvider"
+    session = ort.InferenceSession(str(graph), options, providers=[provider])
+    if provider not in session.get_providers():  # ONNX Runtime goes on without one that it cannot start
+        raise EngineFailed(f"ONNX Runtime cannot start its {provider} for {graph}: see its own message above")
+    return session
 
 
 def _zeros(shape: Sequence[int], onnx_type: str) -> ort.OrtValue:

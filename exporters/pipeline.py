@@ -89,6 +89,8 @@ def _check_asked(config: ExportConfig, kind: str) -> None:
         raise InvalidConfig(f"lora_slots has value {config.lora_slots}, but this is an {kind}; expected a decoder")
     if config.calibration is not None and kind != "decoder":
         raise InvalidConfig(f"calibration is given, but this is an {kind}; expected a decoder")
+    if config.precision == "bf16" and kind == "encoder_decoder":
+        raise InvalidConfig("precision has value 'bf16', in which an encoder_decoder cannot be proven; expected fp16")
     if config.max_source_len is not None and kind != "encoder_decoder":
         raise InvalidConfig(
             f"max_source_len has value {config.max_source_len}, but this {kind} reads no source; expected an "

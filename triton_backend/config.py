@@ -196,6 +196,8 @@ class VersionConfig:
     def __post_init__(self) -> None:
         if self.model.kind == "encoder_decoder" and not self.engine.max_source_len:
             raise VersionFolderError("max_source_len has value 0; an encoder_decoder needs at least 1")
+        if self.model.kind == "encoder_decoder" and self.engine.cuda_graphs:
+            raise VersionFolderError("cuda_graphs is true; steps of an encoder_decoder cannot be captured")
 
     def write(self, folder: Path) -> None:
         document = {"format": FORMAT, **dataclasses.asdict(self)}

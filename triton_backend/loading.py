@@ -16,6 +16,7 @@ from triton_backend.errors import VersionFolderError
 from triton_backend.event_log import EventLog
 from triton_backend.metrics import MetricSink
 from triton_backend.model_runner import ModelRunner
+from triton_backend.session import GRAPHS_ADVICE
 from triton_backend.tokenizer import Tokenizer
 
 log = structlog.get_logger()
@@ -60,6 +61,7 @@ def load_engine(
         engine.start() if is_started else runner.warm_up()
     except Exception as error:
         graphs = " or ".join(filter(None, (config.model.encoder_graph, config.model.graph)))
-        raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}") from error
+        advice = GRAPHS_ADVICE if config.engine.cuda_graphs else ""
+        raise VersionFolderError(f"{graphs} of {folder} loads but does not run: {error}{advice}") from error
     log.info("engine_started", folder=str(folder), digest=digest[:12], max_model_len=config.engine.max_model_len)
     return engine, config

@@ -73,7 +73,10 @@ class SavedRow:
 
 
 class ModelRunner:
-    """Owner of the sessions, the caches and the input and output buffers."""
+    """Owner of the sessions, the caches and the input and output buffers.
+
+    On CUDA the thread that made a runner, or warmed it up, computes on its stream: one runner per thread.
+    """
 
     def __init__(self, folder: Path, config: VersionConfig) -> None:
         model, engine = config.model, config.engine
@@ -96,8 +99,8 @@ class ModelRunner:
         self._encoder: EncoderRunner | None = None
         if model.kind == "encoder_decoder":
             assert model.encoder_graph is not None
-            names = [f"cross.{tensor.name}" for tensor in self._cross.tensors]
-            self._encoder = EncoderRunner(folder / model.encoder_graph, names, engine.num_threads, self._device)
+            encoder = folder / model.encoder_graph
+            self._encoder = EncoderRunner(encoder, self._cross.tensors, engine.num_threads, self._device)
         self._adapters = AdapterSlots(model.lora, self.num_rows, self._device)
         self._lengths = np.zeros(self.num_rows, dtype=np.int64)
         self.outputs = self._new_outputs(self.num_rows, model)
@@ -106,12 +109,11 @@ class ModelRunner:
         self._captured_rows = captured_rows(self.num_rows) if has_graphs else ()
         self._step_runs: dict[tuple[int, bool], tuple[onnxruntime.IOBinding, onnxruntime.RunOptions]] = {}
         self._run_options = run_options()
+        # ONNX Runtime computes with the lengths of sources on the host, too, and copies them there when they are bound.
+        self._must_bind_again = self._device.type == "cuda" and bool(model.cross_layers)
 
     def warm_up(self) -> None:
-        """Run every graph once and capture the decode steps; by the thread that will use the runner, and by no other.
-
-        On CUDA that thread computes on the runner's stream from now on.
-        """
+        """Run every graph once and capture the decode steps; by the thread that will use the runner, and only by it."""
         use_stream(self._stream)
         if self._encoder is not None:
             self.encode(0, [0])
@@ -231,12 +233,12 @@ class ModelRunner:
     def _run_step(self, num_rows: int, want_logits: bool) -> None:
         """Compute what the step's inputs say of rows 0…num_rows − 1."""
         key = (num_rows, want_logits)
-        if key not in self._step_runs:
+        self._step.upload(num_rows)
+        if key not in self._step_runs or self._must_bind_again:
             outputs = self.outputs.rows(0, num_rows)
             binding = self._bind(self._step.tensors(num_rows), 0, num_rows, outputs, want_logits)
             graph_id = len(self._step_runs) + 1 if self._captured_rows else None
             self._step_runs[key] = (binding, run_options(graph_id))
-        self._step.upload(num_rows)
         self._session.run_with_iobinding(*self._step_runs[key])
 
     def _bind(

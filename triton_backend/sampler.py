@@ -173,6 +173,6 @@ def _heads(sequences: Items[Sequence], outputs: Outputs) -> list[Head]:
     """The graph's largest logits of the sequences' rows, brought to the host in one go."""
     if not sequences:
         return []
-    rows = [sequence.row for sequence in sequences]
+    rows = torch.tensor([sequence.row for sequence in sequences], device=outputs.top_ids.device)
     logits, ids = outputs.top_logits[rows].cpu().numpy(), outputs.top_ids[rows].cpu().numpy()
     return [Head(*pair) for pair in zip(logits, ids, strict=True)]

@@ -11,6 +11,7 @@ import torch
 from triton_backend.errors import VersionFolderError
 
 CPU = torch.device("cpu")
+GRAPHS_ADVICE = "; if it cannot be captured, export it with --engine cuda_graphs=false"
 
 
 def load_session(
@@ -37,7 +38,7 @@ def load_session(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        advice = "; if it cannot be captured, export it with --engine cuda_graphs=false" if cuda_graphs else ""
+        advice = GRAPHS_ADVICE if cuda_graphs else ""
         raise VersionFolderError(f"ONNX Runtime cannot load {path}: {error}{advice}") from error
     # ONNX Runtime goes on without a provider whose libraries it cannot load.
     if providers[0][0] not in session.get_providers():

@@ -50,7 +50,8 @@ class Speculator:
     def _draft(self, sequence: Sequence) -> list[int]:
         if not self._pays(sequence.state):
             return []
-        room = self._max_model_len - sequence.num_tokens
+        # One less than fits: the run may need a token behind the last one (model_runner.QUERY_BLOCK).
+        room = self._max_model_len - sequence.num_tokens - 1
         return draft((*sequence.prompt_ids, *sequence.output_ids), min(self._num_tokens, room))
 
     def _pays(self, state: RequestState) -> bool:

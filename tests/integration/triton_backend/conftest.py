@@ -75,6 +75,9 @@ def pytest_collection_modifyitems(config, items):
     Its 16 bits do not always choose the original's token, and its kernels sum in an order that depends on the batch.
     """
 
+    if "gpu" in config.option.markexpr and not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA device and the CUDA build of PyTorch; PyTorch finds none")
+
     def is_left_out(item) -> bool:
         if not item.get_closest_marker("gpu"):
             return False

@@ -12,13 +12,14 @@ from triton_backend.config import VersionConfig
 from triton_backend.model_runner import DecodeToken, ModelRunner
 
 from .conftest import ON_GPU
+from .test_cuda_graphs import CLOSE
 
 pytestmark = [pytest.mark.integration, pytest.mark.gpu]
 
 on_gpu = pytest.mark.parametrize("version", ON_GPU, indirect=True)
 NUM_STEPS = 100
-CLOSE = 0.1
-"""Of logits whose largest are about 20, in 16 bits: other orders of sums differ by less, wrong inputs by much more."""
+# Random weights leave little between the likeliest tokens; bf16 has 8 bits for that.
+OF_BF16 = {"min_agreement": 0.8, "min_text_agreement": 0.8, "max_kl_mean": 0.05, "max_kl_p99": 0.5}
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -29,7 +30,12 @@ def prompt_of(seed: int, length: int) -> list[int]:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_versions_for_cuda_are_proven_on_the_gpu(checkpoint, tmp_path, precision, has_graphs):
     asked = ExportConfig(
-        str(checkpoint), tmp_path / "1", device="cuda", precision=precision, engine={"cuda_graphs": has_graphs}
+        str(checkpoint),
+        tmp_path / "1",
+        device="cuda",
+        precision=precision,
+        engine={"cuda_graphs": has_graphs},
+        thresholds=OF_BF16 if precision == "bf16" else {},
     )
     assert export(asked).passed, (tmp_path / "1" / "certificate.json").read_text()
 
@@ -47,21 +53,21 @@ def test_versions_of_few_bits_run_on_the_gpu(checkpoint, tmp_path, precision):
 @on_gpu
 def test_what_is_written_is_what_is_read_next(version):
     """Tokens that change every step, chosen by nothing: a step that read old inputs would give other logits."""
-    config = VersionConfig.read(version)
-    crowd, alone = ModelRunner(version, config), ModelRunner(version, config)
-    crowd.warm_up()
-    alone.warm_up()
     lengths = [3, 50, 17, 1, 90, 8]
-    for row, length in enumerate(lengths):
-        crowd.prefill(row, prompt_of(row, length), 0, want_logits=True)
-    alone.prefill(0, prompt_of(4, lengths[4]), 0, want_logits=True)
     texts = [prompt_of(100 + row, NUM_STEPS) for row in range(len(lengths))]
-    furthest = 0.0
-    for step in range(NUM_STEPS):
-        crowd.decode([DecodeToken(r, texts[r][step], n + step) for r, n in enumerate(lengths)], want_logits=True)
-        alone.decode([DecodeToken(0, texts[4][step], lengths[4] + step)], want_logits=True)
-        furthest = max(furthest, float((crowd.outputs.logits[4] - alone.outputs.logits[0]).abs().max()))
-    assert furthest < CLOSE
+
+    def logits_of_the_fifth(rows: list[int]) -> torch.Tensor:
+        runner = ModelRunner(version, VersionConfig.read(version))
+        runner.warm_up()
+        for row in rows:
+            runner.prefill(row, prompt_of(row, lengths[row]), 0, want_logits=True)
+        found = []
+        for step in range(NUM_STEPS):
+            runner.decode([DecodeToken(row, texts[row][step], lengths[row] + step) for row in rows], want_logits=True)
+            found.append(runner.outputs.logits[4].clone())
+        return torch.stack(found)
+
+    assert (logits_of_the_fifth([0, 1, 2, 3, 4, 5]) - logits_of_the_fifth([4])).abs().max() < CLOSE
 
 
 @on_gpu

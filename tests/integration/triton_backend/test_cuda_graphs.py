@@ -17,6 +17,8 @@ from triton_backend.model_runner import DecodeToken, ModelRunner, captured_rows
 pytestmark = pytest.mark.integration
 
 NUM_STEPS = 20
+CLOSE = 0.5
+"""Of logits up to 13 in 16 bits: other orders of sums differ by a tenth, wrong inputs by whole units."""
 
 
 def with_graphs(version, has_graphs: bool) -> ModelRunner:
@@ -53,9 +55,10 @@ def test_few_sizes_are_captured_and_the_largest_is_every_row(num_rows, expected)
 
 
 def test_steps_of_captured_sizes_give_the_logits_of_steps_of_any_size(version):
-    plain, captured = (with_graphs(version, has_graphs) for has_graphs in (False, True))
-    expected, found = logits_of_a_crowd(plain), logits_of_a_crowd(captured)
+    expected = logits_of_a_crowd(with_graphs(version, False))
+    captured = with_graphs(version, True)
+    found = logits_of_a_crowd(captured)
     assert {num_rows for num_rows, _ in captured._step_runs} == {1, 2, 4, 8, 9}
     # Kernels of CUDA sum in another order for another longest length.
-    tolerance = 0.0 if expected.dtype == torch.float32 and captured._device.type == "cpu" else 0.05
+    tolerance = 0.0 if captured._device.type == "cpu" else CLOSE
     assert (found - expected).abs().max() <= tolerance

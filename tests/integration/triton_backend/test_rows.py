@@ -6,6 +6,7 @@ import dataclasses
 import random
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer
 
 from triton_backend.config import VersionConfig
 from triton_backend.loading import load_engine
+from triton_backend.model_runner import ModelRunner
+from triton_backend.speculator import Speculator
 
 from .conftest import Client
 
@@ -138,6 +141,21 @@ def test_drafted_tokens_never_change_a_greedy_answer(client_with, client):
             assert [o.text for o in found.outputs] == [o.text for o in expected.outputs]
             accepted += found.metrics["accepted_draft_tokens"]
     assert accepted > 0
+
+
+@pytest.mark.parametrize("num_left", [1, 2, 15, 16, 17, 18, 33])
+def test_drafts_end_where_the_context_does(version, num_left):
+    config = VersionConfig.read(version)
+    engine = dataclasses.replace(config.engine, deterministic=False, num_speculative_tokens=32)
+    config = VersionConfig(config.model, engine)
+    runner = ModelRunner(version, config)
+    tokens = prompt_of(1, 90) * 3
+    prompt, output = tokens[: engine.max_model_len - num_left - 1], [tokens[engine.max_model_len - num_left - 1]]
+    runner.prefill(0, prompt, 0, want_logits=False)
+    state = SimpleNamespace(num_draft_tokens=0, num_accepted_tokens=0)
+    sequence = SimpleNamespace(row=0, prompt_ids=prompt, output_ids=output, num_tokens=len(prompt) + 1, state=state)
+    Speculator(config, runner).propose(sequence)
+    assert state.num_draft_tokens == min(32, num_left - 1)
 
 
 def test_log_probabilities_of_a_prompt_are_those_of_the_original(client, original):

@@ -46,6 +46,11 @@ def test_model_json_of_an_encoder_decoder_with_adapters_round_trips(tmp_path):
     assert VersionConfig.read(tmp_path) == SEQ2SEQ
 
 
+def test_steps_of_an_encoder_decoder_are_not_captured():
+    with pytest.raises(VersionFolderError, match="cuda_graphs is true; steps of an encoder_decoder cannot be captured"):
+        dataclasses.replace(SEQ2SEQ, engine=dataclasses.replace(SEQ2SEQ.engine, device="cuda", cuda_graphs=True))
+
+
 def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
     SEQ2SEQ.write(tmp_path)
     document = json.loads((tmp_path / "model.json").read_text())
