@@ -10,15 +10,17 @@ out against the manifest and the digest that was asked for. It knows files only.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -63,8 +65,8 @@ class ArtifactStore:
         self._root = root.rstrip("/")
         self._is_local = isinstance(filesystem, LocalFileSystem)
 
-    def put(self, folder: Path) -> str:
-        """Store a sealed folder, sign it with the key, if any, and return its digest.
+    def put(self, folder: Path, *, is_signed: bool = True) -> str:
+        """Store a sealed folder, sign it with the key, if any and ``is_signed``, and return its digest.
 
         One that is there already is kept if it is whole, and replaced if it is damaged. Raises ArtifactError,
         SigningError.
@@ -74,7 +76,7 @@ class ArtifactStore:
             manifest = verify(folder)
             found = digest(folder)
             needed_bytes = _size(manifest)
-            signature = self._signature_of(folder, found)
+            signature = self._signature_of(folder, found) if is_signed else {}
             with self._only_writer():
                 if not self._is_whole(found):
                     self._remove(found)
@@ -95,21 +97,22 @@ class ArtifactStore:
         """
         if not self.has(wanted):
             raise NotFound(f"artifact {wanted} is not in {self._url}")
-        staged = target.with_name(f".{target.name}.fetched-{os.getpid()}")
+        # Several threads of a worker may fetch at once.
+        staged = target.with_name(f".{target.name}.{threading.get_ident()}.fetched-{os.getpid()}")
         shutil.rmtree(staged, ignore_errors=True)
         needed_bytes = 0
         try:
-            root = self._path(wanted)
-            found = self._files.find(root, detail=True)
-            needed_bytes = sum(file["size"] for file in found.values())
+            manifest = self._manifest(wanted)
+            # What the manifest names, and nothing else that may lie there.
+            names = sealed_names(manifest)
+            needed_bytes = _size(json.loads(manifest))
             durable_folders.require_space(target.parent, needed_bytes)
-            for path in found:
-                copied = staged / path.removeprefix(f"{root}/")
+            for name in names:
+                copied = staged / name
                 copied.parent.mkdir(parents=True, exist_ok=True)
-                self._files.get_file(path, str(copied))
+                self._files.get_file(self._path(wanted, name), str(copied))
+            (staged / MANIFEST_JSON).write_bytes(manifest)
             verify(staged)
-            if digest(staged) != wanted:
-                raise ArtifactError(f"artifact {wanted} in {self._url} has another manifest than its name says")
             durable_folders.publish_folder(staged, target)
         except VersionFolderError as error:
             raise ArtifactError(f"artifact {wanted} in {self._url} is damaged: {error.args[0]}") from error
@@ -129,12 +132,10 @@ class ArtifactStore:
         if not self.has(wanted):
             raise NotFound(f"artifact {wanted} is not in {self._url}")
         try:
-            manifest = self._files.cat_file(self._path(wanted, MANIFEST_JSON))
+            manifest = self._manifest(wanted)
             signatures = [self._files.cat_file(path) for path in self._signatures(wanted)]
         except OSError as error:
             raise ArtifactError(f"cannot read the signatures of {wanted} in {self._url}: {error}") from error
-        if hashlib.sha256(manifest).hexdigest() != wanted:
-            raise ArtifactError(f"artifact {wanted} in {self._url} has another manifest than its name says")
         trusted.check(wanted, manifest, signatures)
 
     def digests(self) -> list[str]:
@@ -173,6 +174,13 @@ class ArtifactStore:
                 self._files.rm_file(path)
             return True
 
+    def _manifest(self, wanted: str) -> bytes:
+        """Raises OSError, or ArtifactError if it is not the one that the digest is of."""
+        manifest: bytes = self._files.cat_file(self._path(wanted, MANIFEST_JSON))
+        if hashlib.sha256(manifest).hexdigest() != wanted:
+            raise ArtifactError(f"artifact {wanted} in {self._url} has another manifest than its name says")
+        return manifest
+
     def _signature_of(self, folder: Path, wanted: str) -> dict[str, bytes]:
         """The signature by its path; nothing without a key."""
         if self._signing_key is None:
@@ -182,7 +190,7 @@ class ArtifactStore:
         return {self._path(f"{wanted}.{signer.key_id}.sig"): signature}
 
     def _signatures(self, wanted: str) -> list[str]:
-        return sorted(self._files.glob(self._path(f"{wanted}.*.sig")))
+        return sorted(self._files.glob(f"{glob.escape(self._path(wanted))}.*.sig"))
 
     def _write_file(self, path: str, content: bytes) -> None:
         if self._is_local:
@@ -238,6 +246,19 @@ class ArtifactStore:
 
 def artifact_store(settings: Settings) -> ArtifactStore:
     return ArtifactStore(settings.artifacts_url, settings.signing_key)
+
+
+def sealed_names(manifest: bytes) -> list[str]:
+    """Names of the files of a sealed folder; raises VersionFolderError for one that leads out of it."""
+    try:
+        names = [str(name) for name in json.loads(manifest)["files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VersionFolderError(f"{MANIFEST_JSON} cannot be read: {error!r}") from error
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise VersionFolderError(f"{MANIFEST_JSON} names {name!r:.200}, which is outside of the folder")
+    return names
 
 
 def _size(manifest: dict[str, Any]) -> int:

@@ -46,7 +46,7 @@ def replace_folder(staged: Path, target: Path) -> None:
         os.rename(target, removed)
     os.rename(staged, target)
     sync(target.parent)
-    shutil.rmtree(removed, ignore_errors=True)
+    _remove(removed)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -62,10 +62,10 @@ def remove_folder(folder: Path) -> None:
     """It is gone at once; its bytes follow. One that is not there is no error."""
     if folder.exists():
         removed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(removed, ignore_errors=True)
+        _remove(removed)
         os.rename(folder, removed)
         sync(folder.parent)
-        shutil.rmtree(removed)
+        _remove(removed)
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def only_writer(root: Path) -> Iterator[None]:
     with (root / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left in [*root.glob(".*.staged"), *root.glob(".*.removed")]:
-            shutil.rmtree(left)
+            _remove(left)
         yield
 
 
@@ -100,6 +100,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is: of a link, what it leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _sync_all(folder: Path) -> None:

@@ -111,6 +111,12 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "it holds a PEFT adapter: merge it into its base model (merge_and_unload) and save that"
         raise InvalidCheckpoint(f"{folder} has no config.json; {hint}")
+    if (folder / "adapter_config.json").is_file():
+        # transformers would put it into the model, or not, depending on whether PEFT is installed.
+        raise InvalidCheckpoint(
+            f"{folder} holds a PEFT adapter beside its model: merge it (merge_and_unload) and save that, or remove "
+            "adapter_config.json and export it as an adapter"
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise InvalidCheckpoint(

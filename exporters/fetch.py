@@ -19,10 +19,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from exporters import OUT_OF_SPACE
 from exporters.__main__ import run_with_events
 from exporters.checkpoint import SAFE_PATTERNS, UNUSED_PATTERNS, open_checkpoint
-from exporters.errors import InvalidConfig
+from exporters.errors import InvalidConfig, OutOfSpace
 from exporters.events import EmitEvent
+from exporters.version import staged
 from triton_backend.version_folder import MANIFEST_JSON, read_manifest, seal
 
 KIND = "checkpoint"
@@ -36,14 +38,17 @@ def fetch(source: str, out: Path, emit: EmitEvent) -> None:
     emit({"event": "step", "step": "check", "done": 0, "total": 2})
     checkpoint = open_checkpoint(source)
     emit({"event": "step", "step": "copy", "done": 1, "total": 2})
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    for name in wanted_files(checkpoint.folder):
-        (staged / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.folder / name, staged / name)
-    digest = seal(staged, {"kind": KIND, "source": source}, {})
-    size_bytes = sum(file["size_bytes"] for file in read_manifest(staged)["files"].values())
-    staged.rename(out)
+    try:
+        with staged(out, overwrite=False) as folder:
+            for name in wanted_files(checkpoint.folder):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+            digest = seal(folder, {"kind": KIND, "source": source}, {})
+            size_bytes = sum(file["size_bytes"] for file in read_manifest(folder)["files"].values())
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            raise
+        raise OutOfSpace(f"cannot copy {source} to {out}: the disk is full ({error}); nothing was kept") from error
     found = {"folder": str(out), "digest": digest, "size_bytes": size_bytes, "model_type": checkpoint.model_type}
     emit({"event": "finished", **found})
 

@@ -26,6 +26,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 BUILDERS = ("csv", "json", "parquet", "text")
 """What reads local files, of the datasets library's builders."""
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+GENERATION = ("do_sample", "max_gen_toks", "seed", "temperature", "top_k", "top_p", "until")
 REQUIRED = ("task", "dataset_path", "dataset_kwargs", "doc_to_text")
 ALLOWED = (
     *REQUIRED,
@@ -81,6 +82,7 @@ def read_task(path: Path) -> TaskFile:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InvalidTask(f"{path} has task {name!r:.200}; expected letters, digits, '.', '_' and '-'")
     _check_metrics(path, document.get("metric_list"))
+    _check_generation(path, document.get("generation_kwargs"))
     data_files = _data_files(path, document)
     for key in SPLITS:
         if document.get(key) not in (None, *data_files):
@@ -105,10 +107,18 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _check_metrics(path: Path, metrics: Any) -> None:
     """A metric is one of lm-eval's own; ``hf_evaluate`` would load a script from the hub or from a path."""
-    for metric in metrics if isinstance(metrics, list) else [] if metrics is None else [metrics]:
+    if metrics is not None and not isinstance(metrics, list):
+        raise InvalidTask(f"{path} has metric_list {metrics!r:.200}; expected a list")
+    for metric in metrics or ():
         name = metric.get("metric") if isinstance(metric, dict) else None
         if not isinstance(name, str) or not NAME.fullmatch(name) or metric.get("hf_evaluate"):
             raise InvalidTask(f"{path} has the metric {metric!r:.200}; expected {{metric: a name that lm-eval has}}")
+
+
+def _check_generation(path: Path, settings: Any) -> None:
+    """Anything else would become a field of the request, such as the model that is asked."""
+    if settings is not None and not (isinstance(settings, dict) and set(settings) <= set(GENERATION)):
+        raise InvalidTask(f"{path} has generation_kwargs {settings!r:.200}; expected only {', '.join(GENERATION)}")
 
 
 def _data_files(path: Path, document: Mapping[str, Any]) -> dict[str, list[Path]]:
@@ -127,6 +137,8 @@ def _data_files(path: Path, document: Mapping[str, Any]) -> dict[str, list[Path]
     if not names or not all(isinstance(name, str) and name for name in (*found, *names)):
         raise InvalidTask(f"{path} has dataset_kwargs {settings!r:.200}; expected {{data_files: {{split: file}}}}")
     for name in names:
+        if set(name) & set("*?[]"):
+            raise InvalidTask(f"{path} names the data file {name!r:.300}; expected a name without * ? [ ]")
         if not (path.parent / name).is_file():
             raise InvalidTask(f"{path} names the data file {name!r:.300}; expected a file, found from {path.parent}")
     return {split: [(path.parent / name).resolve() for name in files] for split, files in found.items()}

@@ -61,13 +61,13 @@ class Completion:
 
     def whole(self) -> dict[str, Any]:
         """The complete answer; raises the first error of any prompt."""
-        for _ in self._finished_or_new_choices(stream=False):
+        for _ in self._counted(self._finished_or_new_choices(stream=False)):
             pass
         return self._document([self._choice(choice) for choice in self._choices], self._usage.to_json())
 
     def chunks(self) -> Generator[dict[str, Any], None, None]:
         """The chunks of a streamed answer; closing it cancels what runs."""
-        with closing(self._finished_or_new_choices(stream=True)) as choices:
+        with closing(self._counted(self._finished_or_new_choices(stream=True))) as choices:
             for choice in choices:
                 usage = self._usage.to_json() if self._request.continuous_usage else None
                 yield self._document([self._choice(choice)], usage)
@@ -76,7 +76,10 @@ class Completion:
 
     def _finished_or_new_choices(self, stream: bool) -> Generator[Choice, None, None]:
         """Every choice that has something new, once per response."""
-        for prompt, response in self._counted(stream and not self._request.is_prompt_only):
+        stream = stream and not self._request.is_prompt_only
+        for prompt, response in self._responses(stream):
+            if self._first_token_s is None:
+                self._first_token_s = self._time_to_first_token(response, stream)
             if self._request.is_prompt_only:
                 response = without_tokens(response)
             if self._request.needs_prompt_tokens and response.prompt_tokens:
@@ -106,14 +109,12 @@ class Completion:
         for choice in self._choices_of(prompt):
             choice.echo(text, response)
 
-    def _counted(self, stream: bool) -> Generator[tuple[int, GenerateResponse], None, None]:
-        """The responses; how they ended is told to the traffic recorder."""
+    def _counted(self, choices: Generator[Choice, None, None]) -> Generator[Choice, None, None]:
+        """The choices; how they ended is told to the traffic recorder."""
         outcome = "internal_error"
         try:
-            for prompt, response in self._responses(stream):
-                if self._first_token_s is None:
-                    self._first_token_s = self._time_to_first_token(response, stream)
-                yield prompt, response
+            with closing(choices):
+                yield from choices
             outcome = OK
         except ControlPlaneError as error:
             outcome = error.code

@@ -41,8 +41,10 @@ log = structlog.get_logger(__name__)
 
 def keep_mending(app: Flask, stopping: threading.Event) -> None:
     """Until ``stopping`` is set; whatever the database does."""
-    was_away, tidied_at = False, -math.inf
+    was_away, tidied_at, looked_at = False, -math.inf, time.time()
     while not stopping.wait(MEND_S):
+        # By the clock of leases: a machine that slept renewed none meanwhile.
+        was_away |= time.time() - looked_at > MEND_S + AFTER_AN_OUTAGE_S
         try:
             with app.app_context():
                 if was_away:
@@ -61,6 +63,7 @@ def keep_mending(app: Flask, stopping: threading.Event) -> None:
         except Exception:
             # Whatever it was, the next look is two seconds away; a thread that ended would never look again.
             log.exception("mending_failed")
+        looked_at = time.time()
 
 
 def mend(celery: Celery) -> None:
@@ -75,7 +78,10 @@ def mend(celery: Celery) -> None:
             values = {"state": FAILED, "finished_at": now(), "error": why}
         else:
             values = {"state": QUEUED, "lease_owner": None, "lease_expires_at": None}
-        if change(Job.id == job.id, Job.state == RUNNING, Job.fencing_token == job.fencing_token, **values):
+        # One that was renewed since it was looked at is not lost.
+        is_same_lease = Job.lease_expires_at.is_not_distinct_from(job.lease_expires_at)
+        is_same_run = Job.fencing_token == job.fencing_token
+        if change(Job.id == job.id, Job.state == RUNNING, is_same_run, is_same_lease, **values):
             log.warning("job_lost_its_worker", job=job.id, attempt=job.attempt, state=values["state"])
         db.session.commit()
     waiting = db.session.execute(select(Job.queue, func.count()).where(Job.state == QUEUED).group_by(Job.queue)).all()

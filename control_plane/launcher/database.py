@@ -22,14 +22,17 @@ def upgrade(settings: Settings) -> None:
         upgrade_database(settings)
 
 
-def register_installed(settings: Settings) -> list[str]:
-    """Take installed versions into the registry that it does not know; the models that have a production version."""
+def register_installed(settings: Settings, own: str | None) -> list[str]:
+    """Take installed versions into the registry that it does not know; the models that have a production version.
+
+    ``own`` is the digest of the one that this installation made itself.
+    """
     from control_plane.artifacts import artifact_store
     from control_plane.registry.adoption import adopt_installed
     from control_plane.registry.deployments import served_models
 
     with _application(settings):
-        adopt_installed(settings, artifact_store(settings))
+        adopt_installed(settings, artifact_store(settings), own)
         return served_models()
 
 

@@ -19,6 +19,7 @@ from control_plane.registry.model_directory import InstalledModel, install, is_s
 from control_plane.registry.places import Place
 from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.subprocesses import run_child
+from triton_backend.version_folder import digest
 
 FIRST_VERSION = 1
 
@@ -30,7 +31,7 @@ def make_starter(settings: Settings, screen: Screen) -> InstalledModel:
     if not (checkpoint / "config.json").is_file():
         train = (sys.executable, "-m", "control_plane.training.recipes.pretrain")
         _run(settings, screen, f"train {name}, a small English model", train, checkpoint)
-    version_folder = settings.versions_dir / name / str(FIRST_VERSION)
+    version_folder = _exported(settings)
     if not is_sealed(version_folder):
         export = (sys.executable, "-m", "exporters", str(checkpoint))
         _run(settings, screen, f"export {name} to ONNX and prove it equal", export, version_folder)
@@ -38,6 +39,16 @@ def make_starter(settings: Settings, screen: Screen) -> InstalledModel:
         # Whatever lies there was not complete.
         remove_version(settings.model_repository, Place(name, FIRST_VERSION))
         return install(version_folder, settings.model_repository, name, FIRST_VERSION)
+
+
+def own_digest(settings: Settings) -> str | None:
+    """Of the starter that was exported here, if it was."""
+    folder = _exported(settings)
+    return digest(folder) if is_sealed(folder) else None
+
+
+def _exported(settings: Settings) -> Path:
+    return settings.versions_dir / settings.starter_model / str(FIRST_VERSION)
 
 
 def _run(settings: Settings, screen: Screen, title: str, command: Sequence[str], out: Path) -> None:

@@ -124,7 +124,7 @@ def _prepare(settings: Settings, screen: Screen) -> str | None:
 
 def _register(settings: Settings, screen: Screen) -> list[str]:
     with screen.step("register what is installed"):
-        return database.register_installed(settings)
+        return database.register_installed(settings, starter.own_digest(settings))
 
 
 def _welcome(settings: Settings, screen: Screen, model: str | None) -> None:

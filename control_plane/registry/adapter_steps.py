@@ -42,7 +42,8 @@ def choose(run: JobRun) -> Mapping[str, Any]:
     params: AdapterParams = run.params
     model = get_model(params.model)
     version = adapters.target_version(model, params.version, of_model(model))
-    return {"version": version.number}
+    # As ``needs`` reads it: its files stay until the adapter is made.
+    return {"model": params.model, "version": version.number, "digest": version.digest}
 
 
 def convert(run: JobRun) -> Mapping[str, Any]:

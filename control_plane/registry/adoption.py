@@ -17,17 +17,18 @@ from triton_backend.version_folder import digest
 log = structlog.get_logger(__name__)
 
 
-def adopt_installed(settings: Settings, store: ArtifactStore) -> list[Version]:
+def adopt_installed(settings: Settings, store: ArtifactStore, own: str | None = None) -> list[Version]:
     """Store and register installed versions under their own numbers; a model without production gets it as that.
 
-    One that is damaged, cannot be stored, or has the number of another version is left out. Returns what is new.
+    Only that of digest ``own`` is signed: who put the others there, nobody knows. One that is damaged, cannot be
+    stored, or has the number of another version is left out. Returns what is new.
     """
     adopted = []
     for installed in installed_models(settings.model_repository):
         version = _known(installed)
         if version is None:
             try:
-                store.put(installed.folder)
+                store.put(installed.folder, is_signed=digest(installed.folder) == own)
                 version = services.register(installed.name, installed.folder, number=installed.version)
             except (ArtifactError, Conflict) as error:
                 # The registry must not keep everything else from starting.

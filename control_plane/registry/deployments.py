@@ -177,6 +177,12 @@ def find_of_job(job_id: str) -> Deployment | None:
     return db.session.scalar(select(Deployment).where(Deployment.job_id == job_id))
 
 
+def give_up(deployment: Deployment) -> None:
+    """Whoever waited for it does not want it any more, and may deploy again; nothing if it has ended."""
+    _end(deployment, SUPERSEDED, failure_message="its job was cancelled", job_id=None)
+    db.session.commit()
+
+
 def retire(name: str, number: int) -> Version:
     """Never serve a version again; garbage collection may remove its files. Conflict while an alias points to it."""
     version = get_version(name, number)

@@ -88,10 +88,11 @@ class Collector:
             if is_garbage:
                 model_directory.remove_version(self._settings.model_repository, place)
             return is_garbage
-        if garbage.kind == EXPORT and not self._is_old_export(Path(garbage.name), needs.jobs(self._settings)):
+        folder = Path(garbage.name)
+        if garbage.kind == EXPORT and not self._is_old_export(folder, needs.jobs(self._settings)):
             return False
-        shutil.rmtree(garbage.name, ignore_errors=True)
-        return True
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
 
     def _artifacts(self) -> Iterator[Garbage]:
         users = needs.users_of_artifacts(self._settings)
@@ -167,7 +168,7 @@ def _remove(run: JobRun, collector: Collector, garbage: Garbage) -> bool:
     db.session.rollback()
     if not collector.remove(garbage):
         return False
-    audit.record("garbage.remove", garbage.name[:64], run.actor, kind=garbage.kind, size_bytes=garbage.size_bytes)
+    audit.record("garbage.remove", garbage.name[-200:], run.actor, kind=garbage.kind, size_bytes=garbage.size_bytes)
     db.session.commit()
     log.info("garbage_removed", kind=garbage.kind, name=garbage.name, size_bytes=garbage.size_bytes)
     return True

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from control_plane import durable_folders
 from control_plane.errors import BadRequest, ControlPlaneError
 from control_plane.registry.places import CANARY_SUFFIX, Place, model_of, possible_places
 from triton_backend.errors import VersionFolderError
@@ -94,7 +95,8 @@ def install(version_folder: Path, repository: Path, name: str, version: int) -> 
 def ensure_installed(repository: Path, store: ArtifactStore, place: Place, wanted: str) -> None:
     """See that the folder of ``place`` is the version with digest ``wanted``: copied from beside, or from the store.
 
-    What else lies there is replaced. Raises NotFound or ArtifactError; needs that Triton does not load it now.
+    What else lies there is replaced. Raises NotFound, ArtifactError or InstallError; needs that Triton does not load it
+    now.
     """
     target = folder_of(repository, place)
     if _digest_of(target) == wanted:
@@ -104,13 +106,23 @@ def ensure_installed(repository: Path, store: ArtifactStore, place: Place, wante
     for other in possible_places(model_of(place), place.version):
         source = folder_of(repository, other)
         if other != place and _digest_of(source) == wanted and is_sealed(source):
-            staged = target.with_name(f".{target.name}.staged-{os.getpid()}")
-            shutil.rmtree(staged, ignore_errors=True)
-            # Copied, not linked: a link changes the source's inodes, and Triton then loads the source anew.
-            shutil.copytree(source, staged)
-            os.rename(staged, target)
+            _copy(source, target)
             return
     store.get(wanted, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copied, not linked: a link changes the source's inodes, and Triton then loads the source anew."""
+    staged = target.with_name(f".{target.name}.staged-{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        durable_folders.require_space(target.parent, size_bytes(source))
+        shutil.copytree(source, staged)
+        os.rename(staged, target)
+    except OSError as error:
+        raise InstallError(f"cannot copy {source} to {target}: {error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def find_files(repository: Path, store: ArtifactStore, name: str, number: int, wanted: str, spare: Path) -> Path:

@@ -6,6 +6,7 @@ again. An installed version is needed where it should be loaded, where it is, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,14 +15,14 @@ from typing import Any
 from sqlalchemy import or_, select
 
 from control_plane.artifacts import Artifact, artifact_store
+from control_plane.errors import NotFound
 from control_plane.extensions import db, now
 from control_plane.jobs.mending import CLOCK_TOLERANCE
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, Job
 from control_plane.registry import checkpoints, deployments, serving_state
-from control_plane.registry.desired import desired_places
 from control_plane.registry.places import Place, possible_places
 from control_plane.registry.tables import IN_PROGRESS, Alias, Deployment, Model, Version
-from control_plane.settings import Settings
+from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.triton import TritonClient
 
 HELD = ("READY", "LOADING", "UNLOADING")
@@ -47,7 +48,7 @@ class JobNeeds:
 
     def names(self, path: str) -> bool:
         """Whether a parameter is this path or one below it."""
-        given = (value for value in self.params.values() if isinstance(value, str))
+        given = (str(PROJECT_ROOT / value) for value in self.params.values() if isinstance(value, str))
         return any(value == path or value.startswith(f"{path}/") for value in given)
 
 
@@ -67,8 +68,12 @@ class UsedArtifact:
 def find_artifacts(settings: Settings, after: str | None, limit: int) -> list[UsedArtifact]:
     """By digest; ``after`` is the last digest of the page before."""
     users, store = users_of_artifacts(settings), artifact_store(settings)
-    digests = [digest for digest in store.digests() if after is None or digest > after]
-    return [UsedArtifact(store.describe(digest), users.get(digest, [])) for digest in digests[:limit]]
+    found: list[UsedArtifact] = []
+    for digest in store.digests():
+        if (after is None or digest > after) and len(found) < limit:
+            with contextlib.suppress(NotFound):  # It was removed meanwhile.
+                found.append(UsedArtifact(store.describe(digest), users.get(digest, [])))
+    return found
 
 
 def users_of_artifacts(settings: Settings) -> dict[str, list[str]]:
@@ -85,11 +90,21 @@ def needed_places(settings: Settings, triton: TritonClient) -> set[Place]:
     entries = triton.repository_index()
     held = {Place(e.name, int(e.version)) for e in entries if e.version.isdigit() and e.state in HELD}
     held |= set(serving_state.read(settings).places)
-    desired = {place for intent in deployments.intents() for place in desired_places(intent, held)}
+    # Both places of what is wanted: it is copied from one to the other.
+    desired = {
+        place
+        for intent in deployments.intents()
+        for number in intent.wanted
+        for place in possible_places(intent.name, number)
+    }
     return held | desired | {place for job in jobs(settings) for place in job.places}
 
 
 def _users(settings: Settings) -> Iterator[tuple[str, str]]:
+    # Jobs first: what a job needed until it ended is by then needed by its version or checkpoint.
+    for job in jobs(settings):
+        yield from ((digest, f"job {job.job_id}") for digest in sorted(job.digests))
+    db.session.rollback()
     is_aliased = Version.id.in_(select(Alias.version_id))
     is_deployed = Version.id.in_(select(Deployment.version_id).where(Deployment.state == IN_PROGRESS))
     is_kept = or_(Version.retired_at.is_(None), Version.retired_at > now() - timedelta(days=settings.garbage_days))
@@ -102,5 +117,3 @@ def _users(settings: Settings) -> Iterator[tuple[str, str]]:
         found = checkpoints.digest_of(folder)
         if found is not None:
             yield found, f"checkpoint {folder.name}"
-    for job in jobs(settings):
-        yield from ((digest, f"job {job.job_id}") for digest in sorted(job.digests))

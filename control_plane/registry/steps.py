@@ -14,6 +14,7 @@ from control_plane.artifacts import artifact_store
 from control_plane.errors import BadRequest, Conflict, ControlPlaneError
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
+from control_plane.jobs.runner import JobCancelled
 from control_plane.registry import checkpoints, deployments, services, serving_state
 from control_plane.registry.model_directory import is_sealed
 from control_plane.registry.params import ModelName, Text
@@ -121,7 +122,11 @@ def deploy(run: JobRun) -> Mapping[str, Any]:
     while deployment.state == IN_PROGRESS:
         # The reconciler loads the version and ends the deployment. Nobody waits for it inside a transaction.
         db.session.rollback()
-        run.pause(POLL_S)
+        try:
+            run.pause(POLL_S)
+        except JobCancelled:
+            deployments.give_up(deployment)
+            raise
         db.session.refresh(deployment)
     if deployment.state != UP_TO_DATE:
         why = deployment.failure_message or "another deployment came before it"

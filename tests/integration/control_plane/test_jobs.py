@@ -173,6 +173,22 @@ def test_a_job_is_claimed_once_and_a_runner_without_its_lease_writes_nothing(job
 
 
 @on_both_databases
+def test_a_lease_that_is_renewed_while_the_mender_looks_is_kept(jobs, monkeypatch):
+    job_id = jobs.submit("note")
+    jobs.call(runner.claim, "default", "elsewhere:1")
+
+    def looked_at_too_early(job: Job) -> bool:
+        with db.engine.begin() as other:
+            other.execute(sqlalchemy.update(Job).values(lease_expires_at=now() + timedelta(seconds=30)))
+        return True
+
+    monkeypatch.setattr(mending, "_is_lost", looked_at_too_early)
+    with jobs.app.app_context():
+        mending.mend(jobs.app.extensions["celery"])
+    assert jobs.get(job_id).state == RUNNING
+
+
+@on_both_databases
 def test_many_claimers_never_get_the_same_job(jobs):
     ids = {jobs.submit("note") for _ in range(20)}
     taken: list[str] = []

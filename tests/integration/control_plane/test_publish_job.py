@@ -24,7 +24,7 @@ from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.places import Place
 from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, ModelState, ServingState
 from control_plane.registry.steps import PublishParams
-from control_plane.registry.tables import BLOCKED, IN_PROGRESS, UP_TO_DATE, Deployment, Evaluation
+from control_plane.registry.tables import BLOCKED, SUPERSEDED, UP_TO_DATE, Deployment, Evaluation
 from control_plane.settings import Settings
 from control_plane.triton_fake import FakeTriton
 from tests.integration.control_plane.processes import wait_for
@@ -132,7 +132,7 @@ def test_a_job_that_is_run_again_goes_on_with_the_same_deployment(app: Flask, pu
     assert len(deployments_of(app)) == 1
 
 
-def test_a_cancelled_job_stops_waiting_and_leaves_its_deployment(app: Flask, publish):
+def test_a_cancelled_job_gives_up_its_deployment_and_makes_another_when_it_runs_again(app: Flask, publish):
     def cancel() -> None:
         with app.app_context():
             running = sqlalchemy.select(Job.id).where(Job.state == RUNNING)
@@ -145,10 +145,11 @@ def test_a_cancelled_job_stops_waiting_and_leaves_its_deployment(app: Flask, pub
     job = publish(deploy="promote")
     thread.join()
     assert job.state == CANCELLED
-    assert deployments_of(app) == [("promote", IN_PROGRESS, "key:tester")]
+    assert deployments_of(app) == [("promote", SUPERSEDED, "key:tester")]
     with Reconciler(app, LOADED):
         assert JobRuns(app).again(job).state == SUCCEEDED
-    assert len(deployments_of(app)) == 1
+    states = [state for _, state, _ in deployments_of(app)]
+    assert sorted(states) == sorted([SUPERSEDED, UP_TO_DATE])
 
 
 def test_a_worker_that_is_stopped_while_it_waits_gives_the_job_back_and_the_deployment_is_kept(app: Flask, publish):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.artifacts import ArtifactError, ArtifactStore
+from control_plane.artifacts import ArtifactError, ArtifactStore, sealed_names
 from control_plane.errors import NotFound
+from triton_backend.errors import VersionFolderError
 from triton_backend.version_folder import MANIFEST_JSON, digest, seal, verify
 
 pytestmark = pytest.mark.unit
@@ -114,6 +115,21 @@ def test_delete_forgets_and_may_be_repeated(store, folder):
     store.delete(wanted)
     store.delete(wanted)
     assert store.digests() == []
+
+
+def test_what_the_manifest_does_not_name_is_not_copied(folder, tmp_path):
+    store = ArtifactStore(f"memory://{uuid.uuid4().hex}")
+    wanted = store.put(folder)
+    store._files.pipe_file(f"{store._root}/{wanted}/../../EVIL", b"x")
+    store._files.pipe_file(f"{store._root}/{wanted}/more", b"x")
+    store.get(wanted, tmp_path / "here" / "copy")
+    assert [path for path in tmp_path.rglob("*") if path.name in ("EVIL", "more")] == []
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "deep/../../out"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(name):
+    with pytest.raises(VersionFolderError, match="outside of the folder"):
+        sealed_names(json.dumps({"files": {"model.json": {}, name: {}}}).encode())
 
 
 @pytest.mark.parametrize("name", ["..", "", "/etc", "0" * 63, "0" * 65, "G" * 64, "../" + "0" * 61])

@@ -124,6 +124,11 @@ def test_an_adapter_is_refused_with_how_to_merge_it(folder: Path) -> None:
     refused(folder, InvalidCheckpoint, "adapter", "merge_and_unload")
 
 
+def test_an_adapter_inside_a_model_is_refused(folder: Path) -> None:
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    refused(folder, InvalidCheckpoint, "beside its model", "merge_and_unload")
+
+
 def test_quantized_weights_are_refused(folder: Path) -> None:
     write_json(folder / "config.json", {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}})
     refused(folder, UnsupportedArchitecture, "gptq", "float weights")

@@ -74,7 +74,11 @@ def test_data_is_found_from_the_tasks_own_folder(write, tmp_path, data_files):
         ({**TASK, "metric_list": [{"metric": "../evil.py"}]}, "has the metric"),
         ({**TASK, "fewshot_split": "train"}, "has fewshot_split 'train'; its data has test"),
         ({**TASK, "test_split": ["a"]}, r"has test_split \['a'\]"),
-        ({**TASK, "metric_list": "acc"}, "has the metric 'acc'"),
+        ({**TASK, "metric_list": "acc"}, "has metric_list 'acc'; expected a list"),
+        ({**TASK, "metric_list": {"metric": "acc"}}, "has metric_list .*; expected a list"),
+        ({**TASK, "generation_kwargs": {"model": "chat@1"}}, "has generation_kwargs .*; expected only do_sample, "),
+        ({**TASK, "generation_kwargs": ["until"]}, "has generation_kwargs"),
+        ({**TASK, "dataset_kwargs": {"data_files": "a[1].jsonl"}}, r"expected a name without \* \? \[ \]"),
     ],
 )
 def test_a_task_that_cannot_be_used_is_refused_by_name(write, content, words):

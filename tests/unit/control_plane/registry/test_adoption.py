@@ -9,6 +9,7 @@ from control_plane.errors import Conflict
 from control_plane.registry import deployments, services
 from control_plane.registry.adoption import adopt_installed
 from tests.unit.control_plane.registry.conftest import sealed
+from triton_backend.version_folder import digest
 
 pytestmark = pytest.mark.unit
 
@@ -23,6 +24,20 @@ def test_installed_versions_are_stored_and_registered_once_under_their_number(ap
     assert deployments.served_models() == ["starter"]
     assert adopt_installed(settings, store) == []
     assert services.register("starter", sealed(tmp_path / "b", "b")).number == 4
+
+
+def test_only_what_was_made_here_is_signed(app, settings, tmp_path):
+    signed = {}
+
+    class Store(ArtifactStore):
+        def put(self, folder, *, is_signed=True):
+            signed[folder.parent.name] = is_signed
+            return super().put(folder, is_signed=is_signed)
+
+    for name in ("starter", "stranger"):
+        (sealed(settings.model_repository / name / "1", name).parent / "config.pbtxt").write_text("")
+    adopt_installed(settings, Store(str(tmp_path / "store")), digest(settings.model_repository / "starter" / "1"))
+    assert signed == {"starter": True, "stranger": False}
 
 
 def test_a_damaged_installed_version_is_left_out(app, settings, tmp_path):

@@ -19,12 +19,12 @@ from control_plane import create_app
 from control_plane.artifacts import artifact_store
 from control_plane.extensions import db, now
 from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
-from control_plane.registry import deployments
+from control_plane.registry import deployments, needs
 from control_plane.registry.desired import desired_places
 from control_plane.registry.garbage import Collector
 from control_plane.registry.places import Place
 from control_plane.registry.tables import CANARY, IN_PROGRESS, PRODUCTION, Alias, Deployment, Model, Version
-from control_plane.settings import Settings
+from control_plane.settings import PROJECT_ROOT, Settings
 from control_plane.triton_fake import FakeTriton, word_by_word
 from tests.unit.control_plane.registry.conftest import sealed
 from triton_backend.version_folder import digest
@@ -229,6 +229,9 @@ def test_an_installed_version_that_a_job_reads_or_that_is_wanted_meanwhile_stays
     db.session.add(job)
     db.session.commit()
     assert collector.find() == [] and not collector.remove(item)
+    job.steps, job.params = {}, {"folder": f"model_repository/../{settings.home}/versions/x"}
+    db.session.commit()
+    assert needs.jobs(settings)[0].names(str(PROJECT_ROOT / job.params["folder"]))
     job.state = SUCCEEDED
     db.session.add(Alias(model=version_one.model, name=CANARY, version=version_one, weight=0.0))
     db.session.commit()

@@ -17,6 +17,7 @@ from control_plane.traffic.prometheus import METRICS
 from control_plane.triton_fake import word_by_word
 from tests.unit.control_plane.conftest import say_loaded
 from tests.unit.control_plane.test_gateway import complete, error_of
+from triton_backend.protocol import GenerateResponse
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +84,14 @@ def test_an_error_is_counted_under_its_code(client, triton, stream):
     production = traffic(client)["recent"]["production"]
     assert (production["errors"], production["error_share"]) == ({"serving_error": 1}, 1.0)
     assert production["completion_tokens"] == int(stream) and production["end_p50_s"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_breaks_off_is_an_error_of_the_version(client, triton, stream):
+    triton.models["starter"] = lambda call: [GenerateResponse(call.request_id, finished=True)]
+    complete(client, stream=stream).get_data()
+    production = traffic(client)["recent"]["production"]
+    assert (production["errors"], production["error_share"]) == ({"serving_error": 1}, 1.0)
 
 
 def test_a_client_that_leaves_is_counted_and_no_error(client):
