@@ -44,14 +44,15 @@ def register(
 ) -> Version:
     """Record the sealed ``folder`` as the next version of a model, which is made if need be.
 
-    The same folder again gives the version that it was registered as. ``number`` is for folders that have one already.
-    Raises BadRequest for a bad name, Conflict if the number belongs to another folder.
+    The same folder again gives the version that it was registered as, unless that is retired. ``number`` is for folders
+    that have one already. Raises BadRequest for a bad name, Conflict if the number belongs to another folder.
     """
     found = digest(folder)
     actor = actor or audit.current_actor()
     for _ in range(MAX_RACES):
         model = _ensure_model(name, actor)
-        earlier = db.session.scalar(select(Version).where(Version.model_id == model.id, Version.digest == found))
+        is_same = (Version.model_id == model.id, Version.digest == found, Version.retired_at.is_(None))
+        earlier = db.session.scalar(select(Version).where(*is_same))
         if earlier is not None:
             return earlier
         newest = db.session.scalar(select(func.max(Version.number)).where(Version.model_id == model.id)) or 0

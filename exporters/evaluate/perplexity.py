@@ -33,7 +33,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from exporters.errors import InvalidConfig, InvalidData, InvalidVersion
+from exporters.errors import EngineFailed, InvalidConfig, InvalidData, InvalidVersion
 from exporters.evaluate.answers import Answered, answers
 from exporters.evaluate.data_file import Piece
 from exporters.evaluate.report import Report, Task, Ticker
@@ -176,6 +176,8 @@ def _first_id(tokenizer: Tokenizer, version: VersionConfig) -> int:
 def _logprob(answered: Answered) -> float:
     """Of all scored tokens together; raises InvalidData for a token that the version rules out."""
     window, logprobs = answered.item, answered.answer.prompt_logprobs[-answered.item.num_scored :]
+    if len(logprobs) != window.num_scored:
+        raise EngineFailed(f"{window.place}: the engine gave {len(logprobs)} log probabilities of {window.num_scored}")
     total = math.fsum(logprobs)
     if not math.isfinite(total):
         place = next(i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob))

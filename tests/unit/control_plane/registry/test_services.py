@@ -36,6 +36,13 @@ def test_versions_count_up_and_the_same_folder_is_the_same_version(app, tmp_path
     ]
 
 
+def test_what_was_retired_can_be_published_anew(app, tmp_path):
+    folder = sealed(tmp_path / "a", "a")
+    assert [services.register("chat", folder).number for _ in range(2)] == [1, 1]
+    deployments.retire("chat", 1)
+    assert [services.register("chat", folder).number for _ in range(2)] == [2, 2]
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "%2e", "a\0", "x" * 300, "сhat", "Chat", ""])
 def test_a_bad_name_registers_nothing(app, tmp_path, name):
     with pytest.raises(BadRequest, match="is not allowed"):
