@@ -26,6 +26,11 @@ class JobParams(BaseModel):
         """What a key must have to submit a job with these parameters."""
         return "jobs"
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether only a worker beside a GPU can run it: its queue is then ``gpu``."""
+        return False
+
 
 class JobRun(Protocol):
     """What a step is given.
@@ -62,7 +67,7 @@ Step = Callable[[JobRun], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class JobKind:
-    """``role`` may submit it; ``queue`` says who runs it: default (light), cpu or gpu.
+    """``role`` may submit it; ``queue`` says who runs it, unless it needs a GPU: default (light) or cpu.
 
     Steps run in order. A step returns a small JSON object that later steps find in ``results``, and is not run again
     once it has; killed in the middle, it runs again, so it first asks how much of its work is already there.

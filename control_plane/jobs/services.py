@@ -99,7 +99,8 @@ def submit(
     """
     if kind not in kinds:
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(kinds)}")
-    checked = check_params(kinds[kind], params).model_dump(mode="json")
+    given = check_params(kinds[kind], params)
+    checked = given.model_dump(mode="json")
     if not PRIORITIES[0] <= priority <= PRIORITIES[1]:
         raise BadRequest(f"priority has value {priority}; expected {PRIORITIES[0]} to {PRIORITIES[1]}")
     if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_KEY_LENGTH:
@@ -109,7 +110,7 @@ def submit(
         job = Job(
             kind=kind,
             params=checked,
-            queue=kinds[kind].queue,
+            queue="gpu" if given.needs_gpu else kinds[kind].queue,
             priority=priority,
             idempotency_key=idempotency_key,
             created_by=audit.current_actor(),

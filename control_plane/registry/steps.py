@@ -44,6 +44,10 @@ class ExportParams(JobParams):
     engine: dict[str, bool | int | str] = Field(default_factory=dict)
     certify: bool = True
 
+    @property
+    def needs_gpu(self) -> bool:
+        return self.device == "cuda"
+
 
 EXPORT_OPTIONS = ExportParams.model_fields.keys() - {"checkpoint", "engine", "certify"}
 

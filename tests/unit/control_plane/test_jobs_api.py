@@ -96,6 +96,12 @@ def test_cancel_and_retry_need_an_operator(connect, llmos):
         assert refused.value.status == 403
 
 
+def test_what_is_made_for_cuda_waits_for_a_worker_beside_a_gpu(app, llmos):
+    made = [llmos.submit_job("export", {**EXPORT, **extra})["id"] for extra in ({}, {"device": "cuda"})]
+    with app.app_context():
+        assert [db.session.get(Job, job_id).queue for job_id in made] == ["cpu", "gpu"]
+
+
 def test_kinds_show_their_parameters_as_a_schema(llmos):
     kinds = {kind["name"]: kind for kind in llmos.job_kinds()}
     assert sorted(kinds) == [
