@@ -223,6 +223,9 @@ def main() -> None:
         kind = "wrong argument: " if isinstance(error, BadRequest) else ""
         print(f"llmos: {kind}{error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"llmos: {error.strerror or error}: {error.filename or 'see above'}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ RECONNECT_S = 1.0
 POLL_S = 0.2
 MAX_RECONNECTS = 30
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+AWAY = (502, 503, 504)
+"""Answers of a server, or of a proxy before it, that is not there at the moment."""
 Document = dict[str, Any]
 
 
@@ -126,11 +128,18 @@ class ControlPlane:
     def wait_deployment(self, name: str, deployment_id: int, timeout_s: float = 600.0) -> Document:
         """Return when it is not InProgress any more; raises ApiError after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
-        while (found := self.deployment(name, deployment_id))["state"] == "InProgress":
+        while True:
+            try:
+                found = self.deployment(name, deployment_id)
+                if found["state"] != "InProgress":
+                    return found
+            except ApiError as error:
+                # It goes on, whoever looks; a web server that is restarted answers again soon.
+                if error.status not in AWAY or time.monotonic() > deadline:
+                    raise
             if time.monotonic() > deadline:
                 raise ApiError(f"deployment {deployment_id} is still InProgress after {timeout_s:g} s", 504, "timeout")
             time.sleep(POLL_S)
-        return found
 
     def traffic(self, name: str, minutes: int = 5) -> Document:
         """What production and the canary met, ``recent`` and ``since_canary``."""
@@ -255,10 +264,12 @@ class ControlPlane:
                 # A stream also ends when it has lasted long enough for the server.
                 if self.job(job_id)["state"] in ENDED:
                     return
-            except (httpx.TransportError, Unreachable) as error:
+            except (httpx.TransportError, ApiError) as error:
+                if isinstance(error, ApiError) and error.status not in AWAY:
+                    raise
                 reconnects += 1
                 if reconnects > MAX_RECONNECTS:
-                    raise self._unreachable(error) from None
+                    raise error if isinstance(error, ApiError) else self._unreachable(error) from None
                 time.sleep(RECONNECT_S)
 
     def keys(self) -> list[Document]:
@@ -336,7 +347,11 @@ class ControlPlane:
             raise self._unreachable(error) from None
         if response.is_error:
             raise _error(response)
-        document: Document = response.json() if response.content else {}
+        try:
+            document: Document = response.json() if response.content else {}
+        except ValueError:
+            message = f"{response.request.url} answered, but not with JSON; is it llmos that listens there?"
+            raise ApiError(message, response.status_code, "http_error") from None
         return document
 
     def _unreachable(self, error: Exception) -> Unreachable:

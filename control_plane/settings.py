@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from control_plane.errors import SettingsError
 
@@ -248,4 +247,4 @@ class Settings:
 
     @property
     def is_loopback(self) -> bool:
-        return urlsplit(f"//{self.host}").hostname in ("127.0.0.1", "localhost", "::1")
+        return self.host in ("127.0.0.1", "localhost", "::1")

@@ -2,10 +2,10 @@
 
     {"event": "started" | "step" | "progress" | "metrics" | "finished" | "error", "step": …, "done": …, "total": …, …}
 
-The child leads a process group of its own, which is killed whole when the caller is interrupted or raises; the child
-itself is killed by the kernel when the caller dies, however that happens. Lines that are no such object (a library's
-prints, a torn last line) are kept beside stderr for the error message and otherwise ignored. It knows nothing of what
-the child does.
+The child leads a process group of its own, which is killed whole when the caller is interrupted or raises, and when the
+child has ended; the child itself is killed by the kernel when the caller dies, however that happens. Lines that are no
+such object (a library's prints, a torn last line) are kept beside stderr for the error message and otherwise ignored.
+It knows nothing of what the child does.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def run_child(
     last_lines: deque[str] = deque(maxlen=KEPT_LINES)
     reader = threading.Thread(target=_keep, args=(child.stderr, last_lines), daemon=True)
     reader.start()
+    threading.Thread(target=_end_group_with, args=(child,), daemon=True).start()
     finished = failed = None
     try:
         on_start(child)
@@ -126,6 +127,14 @@ def stop_group(child: subprocess.Popen[str]) -> None:
     # The group may outlive its leader.
     _signal_group(child, signal.SIGKILL)
     child.wait()
+
+
+def _end_group_with(child: subprocess.Popen[str]) -> None:
+    """What a child leaves behind when it ends would hold its pipes open."""
+    with contextlib.suppress(ChildProcessError):
+        # Not reaped here, so that its number stays its own.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        _signal_group(child, signal.SIGKILL)
 
 
 def _die_with_parent() -> None:

@@ -159,7 +159,7 @@ def error_from_rpc(error: grpc.RpcError, url: str) -> ControlPlaneError:
         return ServingError(f"Triton at {url} refused the admin key: {details}")
     if code is grpc.StatusCode.UNAVAILABLE:
         return TritonUnavailable(f"Triton at {url} does not answer ({details})")
-    return error_from_text(details)
+    return error_from_text(details or f"Triton at {url} ended the call with {code.name} and no reason")
 
 
 _ENGINE_ERRORS: dict[str, type[ControlPlaneError]] = {

@@ -17,5 +17,7 @@ RESERVED_THREADS = 4
 def init_app(app: Flask, settings: Settings) -> None:
     from control_plane.gateway.views import gateway
 
-    app.extensions["completion_slots"] = threading.BoundedSemaphore(max(1, settings.web_threads - RESERVED_THREADS))
+    # A quarter of the threads may be taken by streams of events (jobs).
+    num_slots = settings.web_threads - settings.web_threads // 4 - RESERVED_THREADS
+    app.extensions["completion_slots"] = threading.BoundedSemaphore(max(1, num_slots))
     app.register_blueprint(gateway)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import socket
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -24,7 +23,7 @@ from sqlalchemy import func, select
 
 from control_plane.databases import UNREACHABLE, reason_of
 from control_plane.extensions import db, now
-from control_plane.jobs.services import JOB_ID, change, wake
+from control_plane.jobs.services import JOB_ID, change, this_machine, wake
 from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
 from control_plane.settings import Settings
 
@@ -121,7 +120,7 @@ def _is_lost(job: Job) -> bool:
     if job.lease_expires_at is None or job.lease_expires_at < now():
         return True
     host, _, pid = (job.lease_owner or "").rpartition(":")
-    return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))
+    return host == this_machine() and pid.isdigit() and not psutil.pid_exists(int(pid))
 
 
 def _num_messages(celery: Celery, queue: str) -> int | None:

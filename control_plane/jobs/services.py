@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -37,6 +38,7 @@ from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING,
 
 CANARY_TASK = "canary"
 RUN_TASK = "run_next"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 HEAVY_QUEUES = ("cpu", "gpu")
 LEASE = timedelta(seconds=15)
 MAX_KEY_LENGTH = 128
@@ -238,7 +240,12 @@ def wake(celery: Celery, queue: str, times: int = 1) -> None:
 
 
 def owner_of_this_process() -> str:
-    return f"{socket.gethostname()}:{psutil.Process().pid}"
+    return f"{this_machine()}:{psutil.Process().pid}"
+
+
+def this_machine() -> str:
+    """Its name, and which of its starts this is: clones may have the same name."""
+    return f"{socket.gethostname()}@{BOOT_ID.read_text(encoding='ascii')[:8]}"
 
 
 def _by_key(idempotency_key: str | None) -> Job | None:

@@ -16,7 +16,7 @@ from control_plane.launcher import redis_server
 from control_plane.launcher.console import Screen
 from control_plane.launcher.supervisor import log_path
 from control_plane.registry import serving_state
-from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED
+from control_plane.registry.serving_state import FAILED_TO_LOAD, LOADED, LOADING
 from control_plane.settings import Settings
 from control_plane.supervision import SupervisorClient
 
@@ -37,8 +37,14 @@ def wait_until_ready(
     supervisord: subprocess.Popen[bytes],
     screen: Screen,
     timeout_s: float = TIMEOUT_S,
-) -> None:
-    """Return when all parts answer, and ``model``, if any; raises NotReady with the end of the culprit's log."""
+    *,
+    may_fail: bool = False,
+) -> bool:
+    """Return when all parts answer, and ``model``, if any; raises NotReady with the end of the culprit's log.
+
+    A model that ``may_fail`` to load is no reason to stop: its repair needs everything else. Returns whether it is
+    loaded; how long a load may take, the reconciler decides.
+    """
     waiting = _checks(settings, model)
     watch = _CrashWatch(settings)
     started_at = time.monotonic()
@@ -53,12 +59,18 @@ def wait_until_ready(
             watch.check()
             state = None if model is None else serving_state.read(settings).models.get(model)
             if state is not None and state.state == FAILED_TO_LOAD and waiting:
-                raise _failure(settings, "triton", f"could not load {model}: {state.message}")
-            if time.monotonic() - started_at > timeout_s:
+                if not may_fail:
+                    raise _failure(settings, "triton", f"could not load {model}: {state.message}")
+                if set(waiting) == {f"model {model}"}:
+                    screen.line(f"model {model} cannot be loaded: {state.message}")
+                    return False
+            is_loading = state is not None and state.state == LOADING
+            if time.monotonic() - started_at > timeout_s and not is_loading:
                 late = next(iter(waiting))
                 culprit = late if late in watch.names else "triton"
                 raise _failure(settings, culprit, f"is not ready after {timeout_s:g} s ({late})")
             time.sleep(POLL_S if waiting else 0)
+    return model is not None
 
 
 def _checks(settings: Settings, model: str | None) -> dict[str, Callable[[], bool]]:
@@ -88,11 +100,14 @@ def _web_is_live(settings: Settings) -> bool:
 
 
 def _worker_answers(settings: Settings) -> bool:
+    import redis
+    from kombu.exceptions import KombuError
+
     from control_plane.extensions import create_celery
 
     try:
         return bool(create_celery(settings).control.ping(timeout=0.5, limit=1))
-    except OSError:
+    except (OSError, KombuError, redis.RedisError):
         return False
 
 

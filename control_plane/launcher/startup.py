@@ -82,10 +82,10 @@ def _up(settings: Settings, screen: Screen, detach: bool) -> None:
     is_left_running = False
     try:
         _clear_leftovers(settings, screen)
-        model = _prepare(settings, screen)
+        model, is_new = _prepare(settings, screen)
         supervisord = supervisor.start(settings)
-        readiness.wait_until_ready(settings, model, supervisord, screen)
-        _welcome(settings, screen, model)
+        is_loaded = readiness.wait_until_ready(settings, model, supervisord, screen, may_fail=not is_new)
+        _welcome(settings, screen, model, is_loaded)
         if detach:
             write_launch(settings, Launch(os.getpid(), detached=True))
             is_left_running = True
@@ -100,8 +100,10 @@ def _up(settings: Settings, screen: Screen, detach: bool) -> None:
                 take_down(settings)
 
 
-def _prepare(settings: Settings, screen: Screen) -> str | None:
-    """Everything before the first process; returns the model to wait for, None if everything was withdrawn."""
+def _prepare(settings: Settings, screen: Screen) -> tuple[str | None, bool]:
+    """Everything before the first process; returns the model to wait for, None if everything was withdrawn, and whether
+    it is a new starter.
+    """
     preflight.check(settings)
     screen.done("preflight")
     started_at = time.monotonic()
@@ -113,13 +115,14 @@ def _prepare(settings: Settings, screen: Screen) -> str | None:
     with screen.step("bring the database up to date"):
         database.upgrade(settings)
     served = _register(settings, screen)
-    if not served and not database.has_models(settings):
+    is_new = not served and not database.has_models(settings)
+    if is_new:
         starter.make_starter(settings, screen)
         served = _register(settings, screen)
         if not served:
             where = settings.model_repository
             raise ControlPlaneError(f"the starter in {where} cannot be registered; see the lines above")
-    return settings.starter_model if settings.starter_model in served else next(iter(served), None)
+    return settings.starter_model if settings.starter_model in served else next(iter(served), None), is_new
 
 
 def _register(settings: Settings, screen: Screen) -> list[str]:
@@ -127,9 +130,11 @@ def _register(settings: Settings, screen: Screen) -> list[str]:
         return database.register_installed(settings, starter.own_digest(settings))
 
 
-def _welcome(settings: Settings, screen: Screen, model: str | None) -> None:
+def _welcome(settings: Settings, screen: Screen, model: str | None, is_loaded: bool) -> None:
     if model is None:
         answer = "No model is served: llmos models list shows what there is, llmos promote MODEL VERSION serves it."
+    elif not is_loaded:
+        answer = f"Everything else runs: llmos models show {model} says more, llmos promote or llmos rollback mends it."
     else:
         answer = report.PROMPT + _generate(settings, model)
     # Made last: it is shown once, and should not scroll away with an error.

@@ -43,7 +43,8 @@ class Program:
 
 def programs(settings: Settings) -> list[Program]:
     python = sys.executable
-    gunicorn = ("gunicorn", "control_plane.wsgi:app", f"--bind={settings.host}:{settings.web_port}")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    gunicorn = ("gunicorn", "control_plane.wsgi:app", f"--bind={host}:{settings.web_port}")
     threads = ("--worker-class=gthread", "--workers=1", f"--threads={settings.web_threads}", "--graceful-timeout=10")
     celery = (python, "-m", "celery", "--app=control_plane.worker", "worker", "--pool=threads")
     listed = [

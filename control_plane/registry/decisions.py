@@ -22,6 +22,8 @@ MAX_PAUSE_S = 300.0
 FIRST_PAUSE_S = 5.0
 STABLE_S = 60.0
 """A version that has been alive for this long is forgiven its failures."""
+MAX_LOST_LOADS = 3
+"""Loads in a row during which Triton went away, until the version is to blame."""
 UNREACHABLE_S = 60.0
 """Triton is restarted when it has not answered for this long."""
 
@@ -54,7 +56,8 @@ class Verb(Enum):
 class Action:
     """``place`` is None for a restart because Triton itself does not answer.
 
-    ``keep`` are the other versions of the same Triton model, which stay loaded; ``is_alone``: nothing else is served.
+    ``keep`` are the other versions of the same Triton model, which stay loaded; ``is_alone``: nothing else is served;
+    ``is_tested``: whether its process has been seen to answer as it was proven.
     """
 
     verb: Verb
@@ -63,6 +66,7 @@ class Action:
     keep: tuple[int, ...] = ()
     load_limit_s: float = 0.0
     is_alone: bool = False
+    is_tested: bool = False
 
 
 class Verdict(Enum):
@@ -80,6 +84,7 @@ class Outcome:
     verdict: Verdict
     reason: str | None = None
     message: str | None = None
+    is_tested: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Record:
     probed_at: float = float("-inf")
     is_lost: bool = False
     """Triton calls it ready, but a probe said otherwise."""
+    is_tested: bool = False
+    """It was seen to answer as it was proven, and to be trusted, since it was last loaded."""
     loading_since: float | None = None
     """Triton loads it without having been told to by us: another load was begun, or files changed in its model."""
     busy: Verb | None = None
@@ -166,7 +173,10 @@ def decide(
             actions.append(Action(verb, place, keep=keep))
             continue
         wanted = desired[place]
-        actions.append(Action(verb, place, wanted.digest, keep, wanted.load_limit_s, is_alone=len(records) == 1))
+        is_alone = len(records) == 1
+        actions.append(
+            Action(verb, place, wanted.digest, keep, wanted.load_limit_s, is_alone, is_tested=record.is_tested)
+        )
     return actions
 
 
@@ -215,7 +225,7 @@ def begin(records: Records, action: Action, now: float) -> dict[Place, Record]:
     record = replace(records[action.place], busy=action.verb, busy_since=now)
     if action.verb in (Verb.LOAD, Verb.RELOAD):
         # The reason for which it is loaded again stays readable.
-        record = replace(record, state=LOADING, since=now)
+        record = replace(record, state=LOADING, since=now, is_tested=False)
     elif action.verb is Verb.UNLOAD:
         # Wanted again meanwhile, it is not to be counted on: it goes, and is then loaded anew.
         record = _enter(record, PENDING, now)
@@ -230,7 +240,10 @@ def record(records: Records, outcome: Outcome, now: float) -> dict[Place, Record
     if verb is Verb.UNLOAD and outcome.verdict is Verdict.SUCCEEDED:
         return {other: record for other, record in records.items() if other != place}
     ended = replace(records[place], busy=None, probed_at=now)
-    if outcome.verdict is Verdict.UNKNOWN:
+    ended = replace(ended, is_tested=ended.is_tested or outcome.is_tested)
+    if outcome.verdict is Verdict.UNKNOWN and verb is Verb.LOAD:
+        ended = _lost_while_loading(ended, outcome, now)
+    elif outcome.verdict is Verdict.UNKNOWN:
         if ended.state == LOADING:
             ended = _enter(ended, PENDING, now, "RuntimeUnhealthy", outcome.message)
         ended = replace(ended, retry_at=now + 1.0)
@@ -259,6 +272,16 @@ def _failed(record: Record, outcome: Outcome, now: float) -> Record:
         pause, state = pause_s(num_failures), FAILED_TO_LOAD
     record = _enter(record, state, now, outcome.reason, outcome.message)
     return replace(record, num_failures=num_failures, retry_at=now + pause)
+
+
+def _lost_while_loading(record: Record, outcome: Outcome, now: float) -> Record:
+    """Triton went away: by chance, or because this version takes it with it."""
+    num_failures = record.num_failures + 1
+    if num_failures >= MAX_LOST_LOADS:
+        message = f"Triton went away {num_failures} times while it was loaded: {outcome.message}"
+        return _failed(record, replace(outcome, reason="ModelLoadFailed", message=message), now)
+    record = _enter(record, PENDING, now, "RuntimeUnhealthy", outcome.message)
+    return replace(record, num_failures=num_failures, retry_at=now + 1.0)
 
 
 def _enter(record: Record, state: str, now: float, reason: str | None = None, message: str | None = None) -> Record:

@@ -137,21 +137,24 @@ def intents() -> list[ModelIntent]:
     """What is wanted of every model of which anything is wanted; read by the reconciler."""
     production: dict[str, int] = {}
     wanted: dict[str, dict[int, str]] = {}
-    columns = (Model.name, Version.number, Version.digest)
+    sizes: dict[str, dict[int, int]] = {}
+    columns = (Model.name, Version.number, Version.digest, Version.size_bytes)
     of_alias = select(*columns, Alias.name).join(Alias.version).join(Version.model)
     of_alias = of_alias.where(Alias.name.in_(aliases.RESERVED))
-    for name, number, digest, alias in db.session.execute(of_alias):
+    for name, number, digest, size, alias in db.session.execute(of_alias):
         wanted.setdefault(name, {})[number] = digest
+        sizes.setdefault(name, {})[number] = size or 0
         if alias == PRODUCTION:
             production[name] = number
     of_others = select(*columns).join(Version.model).where(Version.retired_at.is_(None))
     in_progress = select(Deployment.version_id).where(Deployment.state == IN_PROGRESS, Deployment.kind.not_in(ENDINGS))
-    for name, number, digest in db.session.execute(
+    for name, number, digest, size in db.session.execute(
         of_others.where((Version.warm_until > now()) | Version.id.in_(in_progress))
     ):
         wanted.setdefault(name, {})[number] = digest
+        sizes.setdefault(name, {})[number] = size or 0
     db.session.rollback()
-    return [ModelIntent(name, production.get(name), versions) for name, versions in sorted(wanted.items())]
+    return [ModelIntent(name, production.get(name), found, sizes[name]) for name, found in sorted(wanted.items())]
 
 
 def history(name: str, before: int | None, limit: int) -> list[Deployment]:
@@ -185,6 +188,7 @@ def give_up(deployment: Deployment) -> None:
 
 def retire(name: str, number: int) -> Version:
     """Never serve a version again; garbage collection may remove its files. Conflict while an alias points to it."""
+    lock_model(name)
     version = get_version(name, number)
     pointing = list(db.session.scalars(select(Alias.name).where(Alias.version_id == version.id)))
     query = select(Deployment.id).where(Deployment.version_id == version.id, Deployment.state == IN_PROGRESS)
@@ -253,6 +257,8 @@ def _version_before(model: Model, production: Alias | None) -> Version:
         Deployment.model_id == model.id,
         Deployment.alias == PRODUCTION,
         Deployment.state == UP_TO_DATE,
+        # What a rollback came from was bad: a second one goes on to what was served before that.
+        Deployment.kind != "rollback",
         Deployment.version_id == (production.version_id if production else None),
         Deployment.previous_version_id.is_not(None),
     )

@@ -16,11 +16,15 @@ from control_plane.registry.places import Place, possible_places, proper_place
 
 @dataclass(frozen=True)
 class ModelIntent:
-    """What was decided about one model: ``wanted`` maps the numbers of the versions to be loaded to their digests."""
+    """What was decided about one model: ``wanted`` maps the numbers of the versions to be loaded to their digests.
+
+    ``sizes`` are those of the versions' folders in bytes, where they are known.
+    """
 
     name: str
     production: int | None
     wanted: Mapping[int, str] = field(default_factory=dict)
+    sizes: Mapping[int, int] = field(default_factory=dict)
 
 
 def desired_places(intent: ModelIntent, loaded: Collection[Place]) -> dict[Place, str]:

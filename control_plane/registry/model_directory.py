@@ -156,7 +156,15 @@ def fingerprint(folder: Path) -> int:
     """Changes whenever a file of a version does: newest change of any, in nanoseconds; 0 if it is not installed."""
     if not (folder / MANIFEST_JSON).is_file():
         return 0
-    return max(path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")])
+    return max(map(_changed_ns, [folder, *folder.rglob("*")]))
+
+
+def _changed_ns(path: Path) -> int:
+    """0 for what is gone by now; of a link, which may lead nowhere, its own."""
+    try:
+        return path.lstat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def size_bytes(folder: Path) -> int:

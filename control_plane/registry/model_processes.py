@@ -76,12 +76,14 @@ def kill_stubs(settings: Settings, name: str, version: int) -> None:
             process.kill()
 
 
-def kill_server(settings: Settings) -> None:
-    """End Triton at once; asked politely, it would first wait for streams that can never end."""
+def kill_server(settings: Settings) -> bool:
+    """End Triton at once, if it is found; asked politely, it would first wait for streams that can never end."""
     process = server_process(settings)
-    if process is not None:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
+    if process is None:
+        return False
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+    return True
 
 
 def end_server(settings: Settings) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import structlog
 from flask import Flask
@@ -38,6 +39,7 @@ TICK_S = 0.5
 LOAD_LIMIT_S = 120.0
 LOAD_BYTES_PER_S = 50e6
 """A version is read twice while it is loaded (digest, weights); this is a slow disk."""
+CLOCK_JUMP_S = 1.0
 MAX_ACTIONS = 32
 LEAVE_S = 0.5
 """From when a version is said to be gone until it is unloaded: routers look at serving.json five times a second."""
@@ -59,6 +61,7 @@ class Reconciler:
         self._records: Mapping[Place, Record] = {}
         self._running: dict[Future[Outcome], Action] = {}
         self._unreachable_since: float | None = None
+        self._serves_others = False
         self._written = ServingState()
         self._clock_offset = time.time() - time.monotonic()
 
@@ -74,6 +77,9 @@ class Reconciler:
     def tick(self) -> None:
         index = self._index()
         now = time.monotonic()
+        # A machine that slept, or whose clock was set, has another one.
+        if abs(time.time() - now - self._clock_offset) > CLOCK_JUMP_S:
+            self._clock_offset = time.time() - now
         self._collect(now)
         self._look_up_intents()
         desired = self._desired(decisions.loaded_places(index, self._records))
@@ -82,7 +88,9 @@ class Reconciler:
         state = self._write(desired, index is not None)
         interval_s = self._settings.probe_interval_s
         for action in decisions.decide(desired, index, self._records, now, interval_s, self._unreachable_since):
-            self._begin(action, now)
+            # One that had to wait for a thread would seem to take long.
+            if action.verb is Verb.RESTART_TRITON or len(self._running) < MAX_ACTIONS:
+                self._begin(action, now)
         self._advance(state)
 
     def _look_up_intents(self) -> None:
@@ -103,8 +111,8 @@ class Reconciler:
         desired = {}
         for intent in self._intents:
             for place, digest in desired_places(intent, loaded).items():
-                folder = model_directory.folder_of(self._settings.model_repository, place)
-                limit_s = LOAD_LIMIT_S + model_directory.size_bytes(folder) / LOAD_BYTES_PER_S
+                # Its folder may still have to be made.
+                limit_s = LOAD_LIMIT_S + intent.sizes.get(place.version, 0) / LOAD_BYTES_PER_S
                 desired[place] = Desired(digest, self._fingerprint(place), limit_s)
         return desired
 
@@ -120,7 +128,9 @@ class Reconciler:
         self._unreachable_since = None
         states = {Place(entry.name, int(entry.version)): entry.state for entry in entries if entry.version.isdigit()}
         # Somebody else's models are left alone: only version folders have a manifest.
-        return {place: state for place, state in states.items() if self._fingerprint(place)}
+        ours = {place: state for place, state in states.items() if self._fingerprint(place)}
+        self._serves_others = any(state == "READY" for place, state in states.items() if place not in ours)
+        return ours
 
     def _begin(self, action: Action, now: float) -> None:
         if action.verb is not Verb.PROBE:
@@ -154,13 +164,19 @@ class Reconciler:
         assert action.place is not None
         try:
             if action.verb is Verb.PROBE:
-                return self._probe(action, action.place)
+                outcome = self._probe(action, action.place)
+                if action.is_tested or outcome.verdict is not Verdict.SUCCEEDED:
+                    return outcome
+                # Loaded by somebody else, or by one that ended before it had looked.
+                self._check_trust(action)
+                folder = model_directory.folder_of(self._settings.model_repository, action.place)
+                return dataclasses.replace(outcome, is_tested=self._is_proven(action.place, folder))
             if action.verb is Verb.RELOAD:
                 # Triton would not end a hung process, and calls a dead one ready: a plain load would do nothing.
                 model_processes.kill_stubs(self._settings, *action.place)
-                if action.is_alone:
-                    # Triton never ends the streams of a dead process. Its own end does, and here disturbs nobody else.
-                    model_processes.kill_server(self._settings)
+                is_alone = action.is_alone and not self._serves_others
+                # Triton never ends the streams of a dead process. Its own end does, and here disturbs nobody else.
+                if is_alone and model_processes.kill_server(self._settings):
                     return Outcome(action, Verdict.UNKNOWN, message="its process was lost; Triton is restarted")
             if action.verb is Verb.UNLOAD:
                 time.sleep(LEAVE_S)
@@ -168,18 +184,32 @@ class Reconciler:
                 self._hold(action.place.model, action.keep, action.load_limit_s)
             if action.verb is not Verb.UNLOAD:
                 self._load(action, action.place)
-            return Outcome(action, Verdict.SUCCEEDED)
+            return Outcome(action, Verdict.SUCCEEDED, is_tested=True)
         except errors.TritonUnavailable as error:
             return Outcome(action, Verdict.UNKNOWN, message=str(error))
-        except Exception as error:
+        except errors.ControlPlaneError as error:
             return Outcome(action, Verdict.FAILED, "ModelLoadFailed", _readable(str(error)))
+        except Exception as error:
+            log.exception("action_crashed", place=str(action.place))
+            return Outcome(action, Verdict.FAILED, "ModelLoadFailed", f"{type(error).__name__}: {error}")
+
+    def _check_trust(self, action: Action) -> None:
+        if self._trusted is not None and action.digest:
+            self._store.check(action.digest, self._trusted)
+
+    def _is_proven(self, place: Place, folder: Path) -> bool:
+        """Whether it answers as it was proven; False if it is too busy to be asked now. Raises ServingError."""
+        try:
+            smoke_test(self._triton, place, folder)
+        except (errors.Overloaded, errors.RequestTimeout):
+            return False
+        return True
 
     def _load(self, action: Action, place: Place) -> None:
         """Load a version beside ``action.keep``, and look whether it is what it should be."""
         repository = self._settings.model_repository
         folder = model_directory.folder_of(repository, place)
-        if self._trusted is not None:
-            self._store.check(action.digest, self._trusted)
+        self._check_trust(action)
         model_directory.ensure_installed(repository, self._store, place, action.digest)
         try:
             try:
@@ -197,7 +227,7 @@ class Reconciler:
             smoke_test(self._triton, place, folder)
         except errors.TritonUnavailable:
             raise
-        except errors.ControlPlaneError:
+        except Exception:
             # Triton is not to try it again by itself, nor to serve what failed the smoke test.
             with contextlib.suppress(errors.ControlPlaneError):
                 self._hold(place.model, action.keep, action.load_limit_s)

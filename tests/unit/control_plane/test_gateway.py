@@ -335,6 +335,9 @@ def test_completions_leave_web_threads_for_health(app, client):
     taken = 0
     while slots.acquire(blocking=False):
         taken += 1
+    events = app.extensions["event_stream_slots"]
+    while events.acquire(blocking=False):
+        taken += 1
     assert taken == app.config["SETTINGS"].web_threads - 4
     assert complete(client).status_code == 503
     assert client.get("/health/live").status_code == 200

@@ -67,6 +67,18 @@ def test_much_output_on_both_streams_does_not_block() -> None:
     assert len(events) == 20000
 
 
+@pytest.mark.parametrize(("end", "status"), [("exit 0", 0), ("kill -9 $$", -9)])
+def test_what_a_child_leaves_running_ends_with_it(tmp_path: Path, end: str, status: int) -> None:
+    """It has the child's pipes, which would stay open."""
+    started_at = time.monotonic()
+    command = ["sh", "-c", f"sleep 60 & echo $! > {tmp_path / 'pid'}; {end}"]
+    run_child(command, lambda event: None, good_statuses=(status,))
+    assert time.monotonic() - started_at < 10
+    while is_alive(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() - started_at < 10
+        time.sleep(0.05)
+
+
 def test_interrupt_ends_the_child_and_everything_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = (

@@ -241,8 +241,18 @@ def test_load_that_meets_a_dying_triton_is_no_failure_of_the_model() -> None:
     world = World()
     world.look()
     world.end(Verb.LOAD, Verdict.UNKNOWN, "Triton does not answer")
-    assert (world.chat.state, world.chat.num_failures) == ("Pending", 0)
+    assert world.chat.state == "Pending"
     assert world.verbs(1.5) == [(Verb.LOAD, ONE)]
+
+
+def test_a_version_whose_loads_always_take_triton_with_them_has_failed() -> None:
+    world = World()
+    for _ in range(3):
+        world.look(2.0)
+        world.end(Verb.LOAD, Verdict.UNKNOWN, "Triton does not answer")
+    assert (world.chat.state, world.chat.num_failures) == ("FailedToLoad", 3)
+    assert "Triton went away 3 times while it was loaded" in (world.chat.message or "")
+    assert world.verbs(2.0) == []
 
 
 def test_probe_that_finds_no_triton_changes_nothing() -> None:

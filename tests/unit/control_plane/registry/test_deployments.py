@@ -229,6 +229,16 @@ def test_a_rollback_asks_the_gate_of_what_was_never_served(chat, llmos, say):
     assert llmos.deploy("chat", "rollback", 1)["state"] == "UpToDate"
 
 
+def test_a_second_rollback_goes_on_to_what_was_served_before(chat, llmos, say, tmp_path):
+    services.register("chat", sealed(tmp_path / "d", "d"))
+    say(LOADED, Place("chat", 1), *(Place("chat.canary", number) for number in (2, 4)))
+    for kind, number in (("promote", 2), ("promote", 4), ("rollback", None), ("rollback", None)):
+        llmos.deploy("chat", kind, number)
+    served = [deployment["version"] for deployment in llmos.deployments("chat")]
+    assert served[:4] == [1, 2, 4, 2]
+    refused(llmos, 409, "has served no version before", "chat", "rollback")
+
+
 def test_if_match_expects_that_nobody_deploys(chat, llmos):
     llmos.deploy("chat", "promote", 2)
     refused(llmos, 412, "is in progress, If-Match expects that nobody deploys", "chat", "promote", 2, revision=1)

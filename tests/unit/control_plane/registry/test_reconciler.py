@@ -219,6 +219,36 @@ def test_version_that_does_not_give_its_proven_answers_is_not_served(
     assert "smoke test" in message and "[0, 1]; expected [9, 9]" in message
 
 
+def test_what_another_reconciler_only_loaded_is_tested_before_it_counts(
+    tick_until: Look, triton: RecordingTriton, publish, deploy, state_of, settings: Settings, app: Flask
+) -> None:
+    publish(certificate={"tokens": [{"prompt_ids": [5], "token_ids": [9, 9]}]})
+    with app.app_context():
+        wanted = services.get_version("chat", 2).digest
+    ensure_installed(settings.model_repository, artifact_store(settings), Place("chat.canary", 2), wanted)
+    triton.models["chat.canary"], triton.versions["chat.canary"] = word_by_word, [2]
+    triton.digests[("chat.canary", 2)] = wanted
+    found = deploy("canary", 2, 10.0)
+    tick_until(lambda _: state_of(found).state != "InProgress")
+    assert (state_of(found).state, "smoke test" in (state_of(found).failure_message or "")) == (
+        "BlockedByFailedLoad",
+        True,
+    )
+
+
+def test_a_clock_that_is_set_meanwhile_moves_what_is_told(app: Flask, settings: Settings, publish, monkeypatch) -> None:
+    publish()
+    reconciler = Reconciler(app)
+    reconciler.tick()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600.0)
+    deadline = time.monotonic() + 20
+    while serving_state.read(settings).places[Place(*CHAT_1)].state != LOADED:
+        assert time.monotonic() < deadline
+        reconciler.tick()
+    assert serving_state.read(settings).places[Place(*CHAT_1)].since > real() + 3000.0
+
+
 def test_version_that_no_trusted_key_signed_blocks_its_deployment_and_is_not_installed(
     app: Flask, settings: Settings, triton: RecordingTriton, publish, deploy, state_of, tmp_path: Path, request
 ) -> None:
@@ -302,10 +332,11 @@ def test_new_reconciler_unloads_what_its_predecessor_left_over(
 def test_model_that_answers_no_probe_is_reloaded_beside_others_and_else_with_all_of_triton(
     tick_until: Look, triton: RecordingTriton, publish, monkeypatch: pytest.MonkeyPatch, error: ControlPlaneError
 ) -> None:
-    def kill_server(_: Settings) -> None:
+    def kill_server(_: Settings) -> bool:
         triton.orders.append("kill server")
         triton.models.clear()
         triton.probe_error = None
+        return True
 
     monkeypatch.setattr(model_processes, "kill_server", kill_server)
     tick_until(is_loaded(CHAT_1))
