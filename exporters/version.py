@@ -121,6 +121,12 @@ def version_config(
             if checkpoint.generation_config.get(name) is not None
         },
     )
+    num_beams = model.generation_defaults.get("beam_width", 1)
+    if num_beams > export.max_num_seqs:
+        raise InvalidConfig(
+            f"max_num_seqs has value {export.max_num_seqs}; the checkpoint's generation_config.json asks for num_beams "
+            f"= {num_beams} by default, and every beam takes a row: expected at least {num_beams}"
+        )
     return VersionConfig(model, export.engine_config(export.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)))
 
 

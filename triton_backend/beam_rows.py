@@ -51,7 +51,7 @@ def advance(
             kept.add(extension.parent)
         state.beams.append(child)
     for child, extension in zip(state.beams, extensions, strict=True):
-        child.append(SampledToken(extension.token_id))
+        child.append(SampledToken(extension.token_id, is_forced=extension.is_forced))
     return copies
 
 

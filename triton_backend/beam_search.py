@@ -28,12 +28,13 @@ Ends = Callable[[int, int], bool]
 @dataclass(frozen=True)
 class Candidate:
     """One token that may follow a beam. ``key`` is what candidates are ordered by: ``logprob``, with noise if beams
-    sample. ``logprobs`` is handed through to the hypothesis."""
+    sample. ``logprobs`` is handed through to the hypothesis. ``is_forced``: the model leaves no choice."""
 
     token_id: int
     logprob: float
     key: float
     logprobs: tuple[Any, ...] = ()
+    is_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Extension:
     token_id: int
     score: float
     logprob: float
+    is_forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ class BeamSearch:
             found = group.advance([candidates[beam] for beam in beams], chosen, partial(_ends_in, ends, beams))
             chosen.update(group.chosen)
             extensions += [
-                Extension(beams[c.parent], c.candidate.token_id, float(c.score), c.candidate.logprob) for c in found
+                Extension(
+                    beams[c.parent], c.candidate.token_id, float(c.score), c.candidate.logprob, c.candidate.is_forced
+                )
+                for c in found
             ]
             first = beams.stop
         self._has_branched = True
@@ -182,6 +187,8 @@ class _Group:
 
     def _end_reason(self, choice: _Choice, ends: Ends) -> str | None:
         token_id = choice.candidate.token_id
+        if choice.candidate.is_forced and self._length >= self._max_new_tokens:
+            return "length"  # an end that is forced because there is no room is no end of the text
         if token_id in self._end_token_ids or ends(choice.parent, token_id):
             return "stop"
         return "length" if self._length >= self._max_new_tokens else None

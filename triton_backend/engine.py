@@ -150,7 +150,8 @@ class Engine:
     def _arrange(self, plan: StepPlan) -> None:
         """Copy rows out, about and in, so that everything is where the plan says."""
         for save in plan.saves:
-            if save.sequence.num_computed:
+            # A beam that holds no tokens of its own yet still has the source.
+            if save.sequence.num_computed or save.sequence.state.source_ids:
                 self._saved[save.sequence] = self._runner.save_row(save.row, save.sequence.num_computed)
             self._runner.free_row(save.row, save.num_kept)
         for copy in plan.copies:
@@ -232,6 +233,7 @@ class Engine:
 
     def _prefill_chunk(self, chunk: PrefillChunk) -> None:
         lead, prefix = chunk.state.lead, chunk.prefix
+        chunk.state.scheduled_s = chunk.state.scheduled_s or time.monotonic()  # a probe starts here
         if prefix is not None:
             self._runner.copy_tokens(prefix.source, prefix.target, prefix.start, prefix.end)
         if chunk.state.source_ids:
@@ -258,12 +260,11 @@ class Engine:
             or sequence.num_tokens >= self._config.engine.max_model_len
         )
         # An end that was forced because there is no room left is no end of the text.
-        if is_end_token and not (is_last and token.token_id == self._config.model.forced_eos_token_id):
+        has_ended = is_end_token and not (is_last and token.token_id == self._config.model.forced_eos_token_id)
+        if has_ended or (sequence.grammar is not None and sequence.grammar.is_finished):
             sequence.finish_reason = FinishReason.STOP
         elif is_last:
             sequence.finish_reason = FinishReason.LENGTH
-        elif sequence.grammar is not None and sequence.grammar.is_finished:
-            sequence.finish_reason = FinishReason.STOP
         self._outputs[sequence.state].append(sequence, is_end_token)
 
     def _is_end_token(self, sequence: Sequence) -> bool:
@@ -274,10 +275,10 @@ class Engine:
     def _advance_beams(self, states: Iterable[RequestState]) -> None:
         for state in dict.fromkeys(states):
             assert state.search is not None
+            self._num_generated += len(state.beams)
             candidates = self._sampler.beam_candidates(state.beams, state.search.num_candidates, self._runner.outputs)
             for copy in beam_rows.advance(state, candidates, self._outputs[state].ends_beam, self._sampler.fork):
                 self._runner.copy_tokens(copy.source, copy.target, copy.start, copy.end)
-            self._num_generated += len(state.beams)
 
     def _update(self, plan: StepPlan, ready: list[Sequence]) -> None:
         """Free the rows of what ended, send what is due, and forget finished requests."""
@@ -292,7 +293,8 @@ class Engine:
             response = self._outputs[state].next_response(self._request_metrics(state) if state.is_finished else {})
             if state.is_finished:
                 self._forget(state)
-                self._metrics.request_finished(state)
+                if not state.request.health_probe:
+                    self._metrics.request_finished(state)
             if response is not None:
                 state.sink.send(response)
         self._metrics.count_step(plan, self._num_generated)
@@ -357,7 +359,8 @@ class Engine:
     def _fail_all(self, error: EngineError) -> None:
         for state in tuple(self._scheduler.states()):
             self.abort(state, error)
-        while not self._inbox.empty():
+        # Who comes after the failed step has nothing to do with it.
+        while self._is_stopping and not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
                 self._send_error(message.state, error)

@@ -110,7 +110,7 @@ class EngineMetrics:
         self._set(ROWS_USED, round(cache_usage * self._num_rows))
 
     def count_step(self, plan: StepPlan, num_generated: int) -> None:
-        prefilled = [chunk.state for chunk in plan.prefills if chunk.is_last]
+        prefilled = [c.state for c in plan.prefills if c.is_last and not c.state.request.health_probe]
         counts = {
             PROMPT_TOKENS: sum(state.num_input_tokens for state in prefilled),
             GENERATION_TOKENS: num_generated,

@@ -104,12 +104,23 @@ class TritonSink(ResponseSink):
             code = getattr(pb_utils.TritonError, response.error.partition(":")[0])
             self._sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(response.error, code)), flags=flags)
             return
+        try:
+            built = self._built(response)
+        except Exception:
+            if not response.finished:
+                raise
+            # Without a last response the client would wait for ever, and Triton keep the request.
+            log.exception("response_not_built", request_id=response.request_id)
+            built = pb_utils.InferenceResponse(error=pb_utils.TritonError("INTERNAL: the answer could not be sent"))
+        self._sender.send(built, flags=flags)
+
+    def _built(self, response: GenerateResponse) -> Any:
         assert self.request is not None
         tensors = [
             pb_utils.Tensor(name, np.array(values, dtype=_OUTPUT_TYPES[name]))
             for name, values in response_tensors(self.request, response).items()
         ]
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+        return pb_utils.InferenceResponse(tensors)
 
 
 class Responder:

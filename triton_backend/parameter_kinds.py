@@ -131,9 +131,11 @@ class TokenIds:
     is_optional: bool = False
 
     def parse(self, name: str, value: Any) -> tuple[int, ...] | None:
-        ids = [value] if isinstance(value, int) else value
+        ids = [value] if isinstance(value, (int, str)) else value
         if isinstance(ids, (list, tuple)) and len(ids) > MAX_TOKEN_IDS:
             raise InvalidRequest(f"{name} has {len(ids)} entries; expected at most {MAX_TOKEN_IDS}")
+        if isinstance(ids, (list, tuple)):
+            ids = [_from_digits(i) if isinstance(i, str) else i for i in ids]
         if not isinstance(ids, (list, tuple)) or not all(is_token_id(i) for i in ids):
             raise InvalidRequest(f"{name} has value {shown(value)}; expected {self}")
         return None if self.is_optional and not ids else tuple(ids)
@@ -174,6 +176,10 @@ class Biases:
         bias = {"type": "number", "minimum": -100, "maximum": 100}
         names = {"pattern": "^[0-9]{1,9}$"}
         return {"type": "object", "propertyNames": names, "additionalProperties": bias, "maxProperties": MAX_BIASES}
+
+
+def _from_digits(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else text
 
 
 def is_token_id(value: Any) -> bool:

@@ -231,7 +231,8 @@ def parse_request(
         values["logprobs"] = 0
     request = GenerateRequest(
         request_id=request_id,
-        params=SamplingParams.from_mapping(values, defaults),
+        # A probe asks whether the model computes, not whether its defaults suit the version.
+        params=SamplingParams.from_mapping(values, None if flags.get("health_probe") else defaults),
         text=_text(tensors),
         input_ids=tuple(int(i) for i in tensors.get("input_ids", ())),
         **flags,
@@ -280,19 +281,30 @@ def _logprobs_json(alternatives: tuple[TokenLogprob, ...]) -> dict[str, dict[str
 
 def _given_parameters(tensors: Mapping[str, Sequence[Any]], parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = {*FIELDS, *ALIASES, *OTHER_PARAMETERS, *UNSUPPORTED, *_PARAMETER_INPUTS}
-    values = {name: value for name, value in parameters.items() if name in known}
+    values = _with_end_id({name: value for name, value in parameters.items() if name in known})
     if "sampling_parameters" in tensors:
-        values = _over(values, _sampling_parameters(_single("sampling_parameters", tensors["sampling_parameters"])))
+        given = _sampling_parameters(_single("sampling_parameters", tensors["sampling_parameters"]))
+        values = _over(values, _with_end_id(given))
     own: dict[str, Any] = {}
     for name in _PARAMETER_INPUTS:
         if name in tensors:
             spec = _INPUT_BY_NAME[name]
             items = [_decode(name, i) if spec.data_type == "TYPE_STRING" else i for i in tensors[name]]
             own[name] = items if spec.dims == (-1,) else _single(name, items)
+    end_id = own.pop("end_id", None)
     values = _over(values, own)
-    if values.get("end_id") == -1:
-        del values["end_id"]
-    return values
+    return values if end_id is None else _with_end_id({**values, "end_id": end_id})
+
+
+def _with_end_id(values: dict[str, Any]) -> dict[str, Any]:
+    """``end_id`` is one more of ``stop_token_ids``; -1 is none."""
+    if "end_id" not in values:
+        return values
+    values = dict(values)
+    end_id, others = values.pop("end_id"), values.get("stop_token_ids") or []
+    if end_id in (-1, "-1", None):
+        return values
+    return {**values, "stop_token_ids": [*(others if isinstance(others, (list, tuple)) else [others]), end_id]}
 
 
 def _over(values: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from triton_backend.sequence import RequestState, ResponseSink
 from triton_backend.tokenizer import Tokenizer
 
 MAX_PROBE_TOKENS = 16
+MAX_END_TOKENS_OF_BEAMS = 64
 
 
 class RequestIntake:
@@ -45,6 +46,9 @@ class RequestIntake:
             assert model.decoder_start_token_id is not None
             prompt_ids, source_ids = (model.decoder_start_token_id, *params.decoder_input_ids), input_ids
         self._check_prompt(request, prompt_ids)
+        for word in params.bad_words:  # first on this thread: one that has no tokens must not fail a step
+            self._tokenizer.encode_plain(word)
+            self._tokenizer.encode_plain(f" {word}")
         state = RequestState.create(
             request,
             prompt_ids,
@@ -106,6 +110,12 @@ class RequestIntake:
                 f"the prompt has {len(prompt_ids)} tokens, but the model's context is {limit} tokens and must hold at "
                 "least one new token; shorten the prompt"
             )
+        # The decoder's graph takes no more tokens at once than a source may have, one of padding included.
+        if self._model.kind == "encoder_decoder" and len(prompt_ids) >= self._engine.max_source_len:
+            raise InvalidRequest(
+                f"decoder_input_ids has {len(params.decoder_input_ids)} tokens; this model takes at most "
+                f"{self._engine.max_source_len - 2} (max_source_len - 2)"
+            )
         if params.min_tokens > limit - len(prompt_ids):
             raise InvalidRequest(
                 f"min_tokens has value {params.min_tokens}, but after a prompt of {len(prompt_ids)} tokens the model's "
@@ -129,7 +139,14 @@ class RequestIntake:
 
     def _end_token_ids(self, request: GenerateRequest) -> frozenset[int]:
         params = request.params
-        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._model.eos_token_ids)
+        ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._model.eos_token_ids)
+        ids = frozenset(i for i in ids if i < self._model.vocab_size)
+        if len(ids) > MAX_END_TOKENS_OF_BEAMS:
+            raise InvalidRequest(
+                f"stop_token_ids has {len(ids)} entries; a beam search, which looks at one more candidate for each, "
+                f"takes at most {MAX_END_TOKENS_OF_BEAMS}"
+            )
+        return ids
 
     def _max_new_tokens(self, request: GenerateRequest, prompt_ids: tuple[int, ...]) -> int:
         return min(request.params.max_tokens, self._engine.max_model_len - len(prompt_ids))

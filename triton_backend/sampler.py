@@ -99,7 +99,7 @@ class Sampler:
     def _candidates(self, beam: Sequence, head: Head, num: int, raw: torch.Tensor) -> list[Candidate]:
         params = beam.params
         if (forced_id := self._forced_id(beam)) is not None:
-            return [Candidate(forced_id, 0.0, 0.0, self._forced(beam, forced_id).logprobs)]
+            return [Candidate(forced_id, 0.0, 0.0, self._forced(beam, forced_id).logprobs, is_forced=True)]
         normalizer = log_normalizer(raw, int(head.ids[0]))
         is_changed = self._processors.are_needed(beam)
         row = raw
@@ -145,8 +145,9 @@ class Sampler:
     def _forced(self, sequence: Sequence, token_id: int) -> SampledToken:
         """A token that nothing else could have been: its log probability is 0."""
         if not wants_logprobs(sequence.params):
-            return SampledToken(token_id)
-        return SampledToken(token_id, (TokenLogprob(token_id, 0.0, 1, self._tokenizer.token_text(token_id)),))
+            return SampledToken(token_id, is_forced=True)
+        known = TokenLogprob(token_id, 0.0, 1, self._tokenizer.token_text(token_id))
+        return SampledToken(token_id, (known,), is_forced=True)
 
     def _logprobs(self, raw: torch.Tensor, token_id: int, num_best: int) -> tuple[TokenLogprob, ...]:
         """Log probabilities of the model itself, the chosen token first."""

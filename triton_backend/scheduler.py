@@ -132,7 +132,7 @@ class Scheduler:
         self._admit(plan)
         self._compact(plan)
         plan.decodes = tuple(sequence for state in self._running for sequence in state.decoding)
-        plan.prefills = (*self._plan_probe(), *self._plan_prefills(self._prefill_budget(len(plan.decodes))))
+        plan.prefills = (*self._plan_probe(), *self._plan_prefills(len(plan.decodes)))
         return plan
 
     def finish_prefill(self, state: RequestState) -> None:
@@ -248,13 +248,6 @@ class Scheduler:
         while copies := self._cache.compact():
             plan.copies += copies
 
-    def _prefill_budget(self, num_decodes: int) -> int:
-        """Prompt tokens of one step. While streams are running, which wait for the whole step, it is a share for every
-        request whose prompt is being computed: one long prompt is slowed down, many new requests are not."""
-        budget = self._config.max_num_batched_tokens - num_decodes
-        shares = self._config.long_prefill_token_threshold * len(self._prefilling)
-        return min(budget, shares) if num_decodes else budget
-
     def _plan_probe(self) -> tuple[PrefillChunk, ...]:
         if not self._probes:
             return ()
@@ -262,10 +255,14 @@ class Scheduler:
         state.lead.row = self._cache.probe_row
         return (PrefillChunk(state, 0, state.num_prompt_tokens),)
 
-    def _plan_prefills(self, budget: int) -> tuple[PrefillChunk, ...]:
+    def _plan_prefills(self, num_decodes: int) -> tuple[PrefillChunk, ...]:
+        """The most urgent first. While streams are running, which wait for the whole step, every request whose prompt
+        is being computed has a share of its own: one long prompt is slowed down, many new requests are not."""
+        budget = self._config.max_num_batched_tokens - num_decodes
+        share = self._config.long_prefill_token_threshold if num_decodes else budget
         chunks: list[PrefillChunk] = []
-        for state in self._prefilling:
-            chunk = self._next_chunk(state, budget, is_first=not chunks) if budget > 0 else None
+        for state in sorted(self._prefilling, key=_urgency):
+            chunk = self._next_chunk(state, min(budget, share), is_first=not chunks) if budget > 0 else None
             if chunk is None:
                 break
             chunks.append(chunk)

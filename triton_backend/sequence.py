@@ -47,10 +47,14 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One chosen token; ``logprob`` and ``logprobs`` (the chosen token first) only if the request needs them."""
+    """One chosen token; ``logprob`` and ``logprobs`` (the chosen token first) only if the request needs them.
+
+    One that the model forces (``is_forced``) is not part of what a grammar describes.
+    """
 
     token_id: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    is_forced: bool = False
 
     @property
     def logprob(self) -> float:
@@ -124,7 +128,7 @@ class Sequence:
         self.cumulative_logprob += token.logprob
         if token.logprobs:
             self.logprobs.append(token.logprobs)
-        if self.grammar is not None:
+        if self.grammar is not None and not token.is_forced:
             self.grammar.accept(token.token_id)
 
 

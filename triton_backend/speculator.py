@@ -24,6 +24,9 @@ class Speculator:
 
     def __init__(self, config: VersionConfig, runner: ModelRunner) -> None:
         self._num_tokens = config.engine.num_speculative_tokens
+        if config.engine.max_source_len:  # no run of an encoder–decoder takes more tokens
+            self._num_tokens = min(self._num_tokens, config.engine.max_source_len - 2)
+        self._has_forced_end = config.model.forced_eos_token_id is not None
         self._max_model_len = config.engine.max_model_len
         self._margin = MARGINS[config.model.precision]
         self._runner = runner
@@ -52,6 +55,10 @@ class Speculator:
             return []
         # One less than fits: the run may need a token behind the last one (model_runner.QUERY_BLOCK).
         room = self._max_model_len - sequence.num_tokens - 1
+        if self._has_forced_end:  # the last token is not the model's to choose
+            room = min(room, sequence.params.max_tokens - len(sequence.output_ids) - 2)
+        if room <= 0:
+            return []
         return draft((*sequence.prompt_ids, *sequence.output_ids), min(self._num_tokens, room))
 
     def _pays(self, state: RequestState) -> bool:

@@ -6,6 +6,7 @@ to its process. Safe to use from any thread; the streams that it makes belong to
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise VersionFolderError(f"cannot read {path}: {error}") from error
+        self._plain = lru_cache(maxsize=4096)(partial(self._encode, add_special_tokens=False))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._new_text = text_maker(self._tokenizer.decoder)
@@ -45,8 +47,8 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=True)
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
-        """Token ids of a piece of text, nothing added."""
-        return self._encode(text, add_special_tokens=False)
+        """Token ids of a piece of text, nothing added; kept for a while. Raises InvalidRequest."""
+        return self._plain(text)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

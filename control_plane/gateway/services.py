@@ -92,12 +92,17 @@ class Completion:
                     choice.add(output)
                     yield choice
             if response.finished:
-                self._require_finished(prompt)
+                yield from self._without_output(prompt, len(response.outputs))
 
-    def _require_finished(self, prompt: int) -> None:
+    def _without_output(self, prompt: int, num_found: int) -> Iterator[Choice]:
+        """Choices for which there was no text, as when a grammar allows fewer than there are beams; at the end."""
+        choices = self._choices_of(prompt)
         # A model process that dies may end its streams as if they were complete.
-        if any(choice.finish_reason is None for choice in self._choices_of(prompt)):
+        if num_found == 0 or any(choice.finish_reason is None for choice in choices[:num_found]):
             raise ServingError(f"model {self._request.model!r} ended an answer in the middle; send the request again")
+        for choice in choices[num_found:]:
+            choice.finish_reason = "stop"
+            yield choice
 
     def _choices_of(self, prompt: int) -> list[Choice]:
         return self._choices[prompt * self._n : (prompt + 1) * self._n]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import time
 
 import pytest
 import torch
 
 from triton_backend.errors import InvalidRequest
+from triton_backend.loading import load_engine
 from triton_backend.protocol import GenerateRequest
 from triton_backend.sampling_params import SamplingParams
 
-from .conftest import Answer
+from .conftest import Answer, Client
 
 pytestmark = pytest.mark.integration
 
@@ -270,12 +272,33 @@ def test_a_health_probe_is_answered_while_all_rows_and_the_queue_are_taken(clien
     response = probe.last()
     assert response.error is None and len(response.outputs[0].token_ids) == 1
     assert response.metrics["engine_uptime_s"] > 0
+    assert 0 <= response.metrics["queue_s"] < 1 and 0 <= response.metrics["prefill_s"] < 1
     assert time.monotonic() - started_s < 1
     assert client.engine._scheduler.has_work, "the crowd was still running"
     for answer in crowd:
         answer.gone = True
     for answer in crowd:
         answer.last()
+
+
+def test_an_engine_that_is_stopped_while_a_step_fails_stops(version, checkpoint, monkeypatch):
+    engine, _ = load_engine(version)
+    entered, may_fail = threading.Event(), threading.Event()
+
+    def broken(*args, **kwargs):
+        entered.set()
+        may_fail.wait(10)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine._runner, "decode", broken)
+    answer = Client(engine, None).submit([5, 6, 7], max_tokens=9, ignore_eos=True)
+    assert entered.wait(10)
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    may_fail.set()
+    stopping.join(10)
+    assert not stopping.is_alive()
+    assert "no memory" in answer.last().error
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(client, monkeypatch):

@@ -210,6 +210,22 @@ def test_a_source_has_no_log_probabilities_but_a_begun_output_has(client):
     assert [token and token[0].token_id for token in response.prompt_logprobs] == [None, 30, 40]
 
 
+def test_a_beginning_that_the_graph_cannot_take_is_refused_and_nobody_else_fails(client):
+    other = client.submit([5, 6, 7], max_tokens=20, ignore_eos=True)
+    with pytest.raises(InvalidRequest, match=f"takes at most {MAX_SOURCE_LEN - 2}"):
+        client.ask([5, 6, 7], decoder_input_ids=[5] * (MAX_SOURCE_LEN - 1), max_tokens=2)
+    assert client.ask([5, 6, 7], decoder_input_ids=[5] * (MAX_SOURCE_LEN - 2), max_tokens=2).error is None
+    assert other.last().error is None
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_width": 2}], ids=["greedy", "beams"])
+def test_tokens_that_the_model_forces_are_no_part_of_a_grammar(client, options):
+    regex = {"structured_outputs": {"regex": "[a-z]{60}"}, "max_tokens": 5, **options}
+    response = client.ask([5, 6, 7], **regex)
+    assert response.error is None
+    assert (response.outputs[0].token_ids[-1], response.outputs[0].finish_reason) == (EOS_ID, "length")
+
+
 def test_sixteen_at_once_get_the_bits_that_each_gets_alone(client, model):
     sources = [source_of(i, 1 + i * 3) for i in range(16)]
     options = [

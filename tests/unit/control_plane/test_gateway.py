@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -306,6 +307,18 @@ def test_answer_that_ends_without_a_reason_is_an_error(client, triton, stream, n
     assert response.status_code == (200 if num_before else 502)
     error = events(response)[-1]["error"] if num_before else error_of(response)
     assert error["code"] == "serving_error" and "in the middle" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fewer_texts_than_were_asked_for_are_no_error(client, triton, stream):
+    """As when a grammar allows fewer than there are beams."""
+    triton.models["starter"] = lambda call: word_by_word(replace(call, sampling={**call.sampling, "n": 2}))
+    answer = complete(client, n=3, stream=stream, max_tokens=4)
+    assert answer.status_code == 200
+    chunks = events(answer)[:-1] if stream else [answer.get_json()]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    ended = {choice["index"]: choice["finish_reason"] for choice in choices if choice["finish_reason"]}
+    assert ended == {0: "length", 1: "length", 2: "stop"}
 
 
 def test_our_own_mistake_is_not_explained_to_the_client(client, triton):

@@ -137,6 +137,19 @@ def test_values_that_other_servers_clients_send_for_nothing_are_harmless():
     assert parse(end_id=[1048576]).params.stop_token_ids == (1048576,)
 
 
+@pytest.mark.parametrize("end_id", [{"end_id": 2}, {"end_id": "2"}])
+def test_an_end_id_is_one_more_stop_token(end_id):
+    in_json = {"stop_token_ids": [5], **end_id}
+    assert parse(sampling_parameters=[json.dumps(in_json).encode()]).params.stop_token_ids == (5, 2)
+    assert parse(end_id=[2], sampling_parameters=[b'{"stop_token_ids": ["5"]}']).params.stop_token_ids == (5, 2)
+    assert parse(sampling_parameters=[b'{"end_id": "-1", "allowed_token_ids": ["7"]}']).params.stop_token_ids == ()
+
+
+def test_a_probe_does_not_take_the_models_defaults():
+    tensors = {"input_ids": [0], "health_probe": [True], "max_tokens": [1]}
+    assert not parse_request("r", tensors, {}, {"beam_width": 4}).params.is_beam
+
+
 def test_asking_for_log_probabilities_turns_them_on():
     assert parse(return_log_probs=[True]).params.logprobs == 0
     assert parse(return_cumulative_logprob=[True]).params.logprobs == 0

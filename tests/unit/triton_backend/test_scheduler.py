@@ -54,6 +54,21 @@ def test_a_long_prompt_is_cut_into_chunks_that_leave_room_for_running_streams():
     assert lengths == [7, 7, 6]
 
 
+def test_a_short_urgent_prompt_does_not_wait_for_a_long_one():
+    scheduler = DrivenScheduler(config(max_num_batched_tokens=40, long_prefill_token_threshold=4))
+    stream, long, urgent = request(2), request(200), request(6, priority=-10)
+    scheduler.add(stream)
+    run(scheduler, scheduler.schedule())
+    for state in (long, urgent):
+        scheduler.add(state)
+    chunks = []
+    while not scheduler_has_finished_prefill(urgent):
+        plan = scheduler.schedule()
+        chunks.append([(chunk.state, chunk.length) for chunk in plan.prefills])
+        run(scheduler, plan)
+    assert chunks == [[(urgent, 4), (long, 4)], [(urgent, 2), (long, 4)]]
+
+
 def scheduler_has_finished_prefill(state):
     return bool(state.lead.output_ids)
 
