@@ -59,7 +59,12 @@ class RequestOutput:
         if not params.stop or len(beam.output_ids) < params.min_tokens:
             return False
         text = self._tokenizer.decode([*beam.output_ids, token_id], params.skip_special_tokens)
-        return any(stop in text for stop in params.stop)
+        found = [stop for stop in params.stop if stop in text]
+        if not found:
+            return False
+        # One that was complete before min_tokens stays in the text.
+        before = self._tokenizer.decode(beam.output_ids, params.skip_special_tokens)
+        return any(text.count(stop) > before.count(stop) for stop in found)
 
     def next_response(self, metrics: Mapping[str, Any]) -> GenerateResponse | None:
         """The response that is due now, if any: deltas of a stream, or the whole answer at the end."""
@@ -126,7 +131,26 @@ def prompt_tokens(sequence: Sequence, tokenizer: Tokenizer) -> tuple[PromptToken
 
 
 def texts_of(token_ids: Items[int], params: SamplingParams, tokenizer: Tokenizer) -> list[str]:
-    """What each token adds to the text that all of them make; a token that ends within a character adds nothing."""
+    """What each token adds to the text that all of them make; a token that ends within a character adds nothing.
+
+    A character belongs to the token that completes it, though it may be certain only after the next one.
+    """
+    stream = tokenizer.stream(params.skip_special_tokens)
+    texts, read = [], ""
+    for token_id in token_ids:
+        readable = stream.append(token_id) + stream.pending
+        if not readable.startswith(read):
+            return _certain_texts(token_ids, params, tokenizer)
+        texts.append(readable[len(read) :])
+        read = stream.pending
+    rest = stream.flush()
+    if not rest.startswith(read):
+        return _certain_texts(token_ids, params, tokenizer)
+    return [*texts[:-1], *(text + rest[len(read) :] for text in texts[-1:])]
+
+
+def _certain_texts(token_ids: Items[int], params: SamplingParams, tokenizer: Tokenizer) -> list[str]:
+    """The same where what could be read turned out to be something else: bytes that make no character."""
     stream = tokenizer.stream(params.skip_special_tokens)
     texts = [stream.append(token_id) for token_id in token_ids]
     return [*texts[:-1], *(text + stream.flush() for text in texts[-1:])]

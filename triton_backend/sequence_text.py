@@ -54,19 +54,21 @@ class StopStrings:
 
 
 class SequenceText:
-    """The text of one sequence so far; keeps only what was not released yet.
-
-    ``num_chars`` counts what the tokens have made certain, whether or not it was released or cut.
-    """
+    """The text of one sequence so far; keeps only what was not released yet."""
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self._params = params
         self._stream = tokenizer.stream(params.skip_special_tokens)
         self._stops = StopStrings(params.stop) if params.stop else None
-        self.num_chars = 0
+        self._num_certain = 0
         self._decided: list[str] = []
         self._held = ""
         self._seen = ""  # what was held, and pending in the stream, when stop strings were last looked for
+
+    @property
+    def num_chars(self) -> int:
+        """How much can be read by now, certain or not, released or cut: the next token begins there."""
+        return self._num_certain + len(self._stream.pending)
 
     def append(self, token_id: int, may_stop: bool) -> bool:
         """Add a token; True if a stop string is complete now: the text is cut there and takes no more tokens.
@@ -89,7 +91,7 @@ class SequenceText:
         return text
 
     def _extend(self, new_text: str, may_stop: bool) -> bool:
-        self.num_chars += len(new_text)
+        self._num_certain += len(new_text)
         if self._stops is None:
             self._decided.append(new_text)
             return False

@@ -130,6 +130,18 @@ def test_beams_end_at_stop_strings_as_in_generate(client, beams_of):
     assert num_stopped > 6
 
 
+def test_a_stop_string_that_was_complete_before_min_tokens_ends_no_beam(client, tokenizer):
+    for seed in range(4):
+        options = {"beam_width": 2, "max_tokens": 40, "ignore_eos": True}
+        text = client.ask(random_prompt(seed, 9), **options).outputs[0].text
+        stop = re.search("[a-z]", text).group()
+        output = client.ask(random_prompt(seed, 9), min_tokens=15, stop=[stop], **options).outputs[0]
+        whole = tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        assert whole.startswith(output.text) and len(output.token_ids) > 15
+        is_cut = whole[len(output.text) :].startswith(stop)
+        assert (output.finish_reason, len(output.token_ids)) == ("length", 40) or is_cut
+
+
 def test_beams_end_at_stop_tokens_as_at_end_tokens(client, beams_of):
     prompt_ids = random_prompt(1, 9)
     stop_id = client.ask(prompt_ids, beam_width=4, max_tokens=20).outputs[0].token_ids[5]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.unit.triton_backend.test_text_stream import ids_of, tokenizer_of
 from tests.unit.triton_backend.tiny_tokenizers import KINDS
+from triton_backend.output_processor import texts_of
 from triton_backend.sampling_params import SamplingParams
 from triton_backend.sequence_text import SequenceText, text_of
 
@@ -156,3 +157,25 @@ def test_of_two_stop_strings_the_one_that_begins_first_cuts_and_then_the_shorter
     assert text("cd", "abcd") == "xabcd"
     assert text("abcd", "ab") == "xab"
     assert text("abcd", "bc", texts=("xabc", "dx")) == "xabc"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_the_next_token_begins_behind_a_character_of_bytes_that_is_complete(kind):
+    ids = ids_of(kind, "b", "<0xE2>", "<0x82>", "<0xAC>", "b", "b")
+    text = SequenceText(SamplingParams(), tokenizer_of(kind))
+    begins = []
+    for token_id in ids:
+        begins.append(text.num_chars)
+        text.append(token_id, may_stop=True)
+    assert begins == [0, 1, 1, 1, 2, 3]
+    assert texts_of(ids, SamplingParams(), tokenizer_of(kind)) == ["b", "", "", "€", "b", "b"]
+
+
+@given(st.sampled_from(sorted(KINDS)), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_texts_of_tokens_join_to_the_text_of_all(kind, data):
+    tokenizer = tokenizer_of(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=30))
+    stream = tokenizer.stream(True)
+    whole = "".join(map(stream.append, ids)) + stream.flush()
+    assert "".join(texts_of(ids, SamplingParams(), tokenizer)) == whole
