@@ -8,6 +8,7 @@ is one of Triton's own sentences.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -202,4 +203,11 @@ def _prompt_logprobs(text: str) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
 
 def _alternatives(token: Mapping[str, Mapping[str, Any]]) -> tuple[TokenLogprob, ...]:
     """What could stand at one place, the chosen token first, from {token_id: {logprob, rank, decoded_token}}."""
-    return tuple(TokenLogprob(token_id=int(token_id), **values) for token_id, values in token.items())
+    return tuple(
+        TokenLogprob(**{**values, "token_id": int(token_id), "logprob": _from_json(values["logprob"])})
+        for token_id, values in token.items()
+    )
+
+
+def _from_json(logprob: float | None) -> float:
+    return -math.inf if logprob is None else logprob

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +94,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "TYPE_STRING",
         (-1,),
         "per sequence a JSON list, one object per new token: {token_id: {logprob, rank, decoded_token}}; "
-        "the generated token comes first and has a text_offset, too",
+        "the generated token comes first and has a text_offset, too; a logprob of null is −∞",
     ),
     TensorSpec("num_input_tokens", "TYPE_UINT32", (1,), "length of the prompt"),
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,), "new tokens in this response, per sequence"),
@@ -273,7 +274,9 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
 def _logprobs_json(alternatives: tuple[TokenLogprob, ...]) -> dict[str, dict[str, Any]]:
     documents = {}
     for token in alternatives:
-        document = {"logprob": token.logprob, "rank": token.rank, "decoded_token": token.decoded_token}
+        # JSON has no −∞, which a token has that the model itself rules out.
+        logprob = token.logprob if math.isfinite(token.logprob) else None
+        document = {"logprob": logprob, "rank": token.rank, "decoded_token": token.decoded_token}
         offset = {} if token.text_offset is None else {"text_offset": token.text_offset}
         documents[str(token.token_id)] = {**document, **offset}
     return documents

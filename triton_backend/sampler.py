@@ -115,7 +115,7 @@ class Sampler:
         if params.do_sample:
             scores, ids, keys = self._drawn(beam, row, num)
         return [
-            Candidate(i, score, key, self._logprobs(raw, i, 0) if params.logprobs is not None else ())
+            Candidate(i, score, key, self._logprobs(raw, i, 0, normalizer) if params.logprobs is not None else ())
             for i, score, key in zip(ids.tolist(), scores.tolist(), keys.tolist(), strict=True)
             if score > -math.inf
         ]
@@ -149,18 +149,21 @@ class Sampler:
         known = TokenLogprob(token_id, 0.0, 1, self._tokenizer.token_text(token_id))
         return SampledToken(token_id, (known,), is_forced=True)
 
-    def _logprobs(self, raw: torch.Tensor, token_id: int, num_best: int) -> tuple[TokenLogprob, ...]:
-        """Log probabilities of the model itself, the chosen token first."""
-        best = Head.of(raw, max(1, num_best))
-        normalizer = log_normalizer(raw, int(best.ids[0]))
+    def _logprobs(
+        self, raw: torch.Tensor, token_id: int, num_best: int, normalizer: float | None = None
+    ) -> tuple[TokenLogprob, ...]:
+        """Log probabilities of the model itself, the chosen token first; ``normalizer`` if it is known already."""
         chosen = float(raw[token_id])
         rank = int((raw > chosen).sum()) + 1
         pairs = [(token_id, chosen, rank)]
-        pairs += [
-            (other, value, place)
-            for place, (other, value) in enumerate(zip(best.ids.tolist(), best.logits.tolist(), strict=True), 1)
-            if other != token_id and place <= num_best
-        ]
+        if num_best or normalizer is None:
+            best = Head.of(raw, max(1, num_best))
+            normalizer = log_normalizer(raw, int(best.ids[0]))
+            pairs += [
+                (other, value, place)
+                for place, (other, value) in enumerate(zip(best.ids.tolist(), best.logits.tolist(), strict=True), 1)
+                if other != token_id and place <= num_best
+            ]
         return tuple(
             TokenLogprob(i, value - normalizer, place, self._tokenizer.token_text(i)) for i, value, place in pairs
         )

@@ -92,7 +92,7 @@ def test_what_the_engine_says_of_a_prompt_comes_back_as_it_was():
     said = GenerateResponse(
         "r",
         (SequenceOutput(0, "x"),),
-        prompt_logprobs=(None, (TokenLogprob(7, -0.5, 2, "b"), TokenLogprob(3, -0.25, 1, "\ufffd"))),
+        prompt_logprobs=(None, (TokenLogprob(7, -0.5, 2, "b"), TokenLogprob(3, float("-inf"), 1, "\ufffd"))),
         prompt_tokens=(PromptToken(5, "\ufffd", ""), PromptToken(7, "b", "é")),
     )
     tensors = response_tensors(GenerateRequest("r", SamplingParams(), text="é", exclude_input_in_output=True), said)

@@ -150,6 +150,13 @@ def test_a_probe_does_not_take_the_models_defaults():
     assert not parse_request("r", tensors, {}, {"beam_width": 4}).params.is_beam
 
 
+def test_a_token_that_cannot_be_has_a_log_probability_of_null():
+    never = TokenLogprob(7, float("-inf"), 9, "x")
+    output = SequenceOutput(0, "x", (7,), logprobs=((never,),))
+    (text,) = response_tensors(parse(return_logprobs=[True]), GenerateResponse("r", (output,)))["logprobs"]
+    assert json.loads(text) == [{"7": {"logprob": None, "rank": 9, "decoded_token": "x"}}]
+
+
 def test_asking_for_log_probabilities_turns_them_on():
     assert parse(return_log_probs=[True]).params.logprobs == 0
     assert parse(return_cumulative_logprob=[True]).params.logprobs == 0
