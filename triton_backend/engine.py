@@ -254,7 +254,7 @@ class Engine:
         """Add a token and its text, and see whether the sequence ends with it."""
         sequence.append(token)
         self._num_generated += 1
-        is_end_token = self._is_end_token(sequence)
+        is_end_token = token.token_id in sequence.state.end_token_ids
         is_last = (
             len(sequence.output_ids) >= sequence.params.max_tokens
             or sequence.num_tokens >= self._config.engine.max_model_len
@@ -266,11 +266,6 @@ class Engine:
         elif is_last:
             sequence.finish_reason = FinishReason.LENGTH
         self._outputs[sequence.state].append(sequence, is_end_token)
-
-    def _is_end_token(self, sequence: Sequence) -> bool:
-        token_id, params = sequence.output_ids[-1], sequence.params
-        is_eos = not params.ignore_eos and token_id in self._config.model.eos_token_ids
-        return is_eos or token_id in params.stop_token_ids
 
     def _advance_beams(self, states: Iterable[RequestState]) -> None:
         for state in dict.fromkeys(states):

@@ -57,9 +57,10 @@ class RequestIntake:
             source_ids=source_ids,
             grammar=self._grammars.compile(params.grammar) if params.grammar else None,
             adapter=self._adapter(params.adapter),
+            end_token_ids=self._end_token_ids(request),
         )
         if params.is_beam:
-            state.search = BeamSearch(params, self._end_token_ids(request), self._max_new_tokens(request, prompt_ids))
+            state.search = BeamSearch(params, state.end_token_ids, self._max_new_tokens(request, prompt_ids))
         return state
 
     def _input_ids(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -141,7 +142,7 @@ class RequestIntake:
         params = request.params
         ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._model.eos_token_ids)
         ids = frozenset(i for i in ids if i < self._model.vocab_size)
-        if len(ids) > MAX_END_TOKENS_OF_BEAMS:
+        if params.is_beam and len(ids) > MAX_END_TOKENS_OF_BEAMS:
             raise InvalidRequest(
                 f"stop_token_ids has {len(ids)} entries; a beam search, which looks at one more candidate for each, "
                 f"takes at most {MAX_END_TOKENS_OF_BEAMS}"

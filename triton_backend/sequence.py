@@ -137,7 +137,7 @@ class RequestState:
     """One request inside the engine. Times are ``time.monotonic`` seconds; 0.0 until they happened.
 
     ``source_ids`` are for the encoder, which reads them whole before the prompt is computed; empty for a model without.
-    ``seed`` is the client's, or drawn.
+    ``seed`` is the client's, or drawn. ``end_token_ids`` end a sequence.
     ``arrival`` is the request's place in the order of arrival, ``num_overtaken`` how often a later one started first.
     """
 
@@ -148,6 +148,7 @@ class RequestState:
     seed: int
     source_ids: tuple[int, ...] = ()
     adapter: AdapterRef | None = None
+    end_token_ids: frozenset[int] = frozenset()
     search: BeamSearch | None = None
     beams: list[Sequence] = field(default_factory=list)
     hypotheses: tuple[Sequence, ...] = ()
@@ -174,6 +175,7 @@ class RequestState:
         source_ids: tuple[int, ...] = (),
         grammar: GrammarState | None = None,
         adapter: AdapterRef | None = None,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> RequestState:
         params = request.params
         seed = random.getrandbits(63) if params.seed is None else params.seed
@@ -182,7 +184,7 @@ class RequestState:
             for index in range(params.num_sequences)
         )
         deadline_s = now_s + params.timeout_ms / 1000 if params.timeout_ms else float("inf")
-        state = cls(request, sequences, sink, now_s, seed, source_ids, adapter, deadline_s=deadline_s)
+        state = cls(request, sequences, sink, now_s, seed, source_ids, adapter, end_token_ids, deadline_s=deadline_s)
         for sequence in sequences:
             sequence.state = state
         if params.prompt_logprobs is not None:

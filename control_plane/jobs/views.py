@@ -14,7 +14,7 @@ from control_plane.auth.principal import current_principal
 from control_plane.auth.services import require_key
 from control_plane.auth.watch import Watch
 from control_plane.databases import UNREACHABLE
-from control_plane.errors import Conflict, ControlPlaneError, NotFound, Overloaded
+from control_plane.errors import BadRequest, Conflict, ControlPlaneError, NotFound, Overloaded
 from control_plane.extensions import db
 from control_plane.jobs import services
 from control_plane.jobs.kinds import JobKind
@@ -125,7 +125,10 @@ def retry_job(job_id: str) -> Job:
     """Run a failed or cancelled job again, from its last finished step on; for those who may submit it."""
     job = services.get(job_id)
     if (kind := _kinds().get(job.kind)) is not None:
-        _require(kind, job.params)
+        try:
+            _require(kind, job.params)
+        except BadRequest as error:
+            raise Conflict(f"this release cannot run job {job_id} again: {error}") from None
     limit = current_app.config["SETTINGS"].retry_limit
     return services.retry(current_app.extensions["celery"], job_id, limit)
 
