@@ -117,7 +117,10 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
         services.record_evaluation(MODEL, 2, "perplexity", {"bits": 1.0}, data=None, job_id=JOB, actor="system")
         create_user(MODEL, "a long enough password", "viewer")
         db.session.add(ApiKey(prefix=KEY, secret_sha256="", name="some key", role="viewer"))
-        job = Job(id=JOB, kind="verify", params={"folder": "/version"}, queue="cpu", state=FAILED, created_by="system", finished_at=now())
+        params = {"folder": "/version"}
+        job = Job(
+            id=JOB, kind="verify", params=params, queue="cpu", state=FAILED, created_by="system", finished_at=now()
+        )
         db.session.add_all([job, JobEvent(job_id=JOB, attempt=1, event={"event": "ended", "state": FAILED})])
         db.session.commit()
     return app
