@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from control_plane.commands.adapters import adapters
+from control_plane.commands.api import connected
 from control_plane.commands.audit import audit
 from control_plane.commands.deployments import abort, canary, promote, retire, rollback, withdraw
 from control_plane.commands.jobs import jobs
@@ -169,7 +170,7 @@ def verify(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A served model.")],
+    model: Annotated[str, typer.Argument(help="A served model, MODEL@ALIAS or MODEL@VERSION.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -180,20 +181,12 @@ def generate(
     stream: Annotated[bool, typer.Option(help="Print while it is generated.")] = True,
 ) -> None:
     """Generate text with a served model."""
-    from control_plane.triton import GenerateCall, connect
-
-    settings = Settings.from_environment()
     given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
-    sampling = {"max_tokens": max_tokens, **{name: value for name, value in given.items() if value not in (None, [])}}
-    triton = connect(settings)
-    try:
-        call = GenerateCall(model, text=prompt, sampling=sampling, stream=stream)
-        for response in triton.generate_stream(call, settings.request_timeout_s):
-            for output in response.outputs:
-                typer.echo(output.text, nl=False)
-        typer.echo()
-    finally:
-        triton.close()
+    params = {"max_tokens": max_tokens, **{name: value for name, value in given.items() if value not in (None, [])}}
+    with connected() as llmos:
+        for text in llmos.complete(model, prompt, stream=stream, **params):
+            typer.echo(text, nl=False)
+    typer.echo()
 
 
 def _run_exporter(arguments: list[str], title: str) -> dict[str, Any]:

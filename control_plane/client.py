@@ -23,12 +23,15 @@ from control_plane.errors import ControlPlaneError
 
 TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 60.0
+GENERATE_TIMEOUT_S = 600.0
 RECONNECT_S = 1.0
 POLL_S = 0.2
 MAX_RECONNECTS = 30
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 AWAY = (502, 503, 504)
 """Answers of a server, or of a proxy before it, that is not there at the moment."""
+EVENT_STREAM = "text/event-stream"
+COMPLETIONS = "/v1/completions"
 Document = dict[str, Any]
 
 
@@ -168,6 +171,20 @@ class ControlPlane:
 
     def delete_adapter(self, name: str, adapter: str) -> None:
         self._ask("DELETE", _model_path(name, "adapters", adapter))
+
+    def complete(self, model: str, prompt: str, *, stream: bool = True, **params: Any) -> Iterator[str]:
+        """The text of one answer, as it is generated or all at once; ``params`` are those of ``/v1/completions``."""
+        body = {"model": model, "prompt": prompt, "stream": stream, **params}
+        if not stream:
+            yield self._ask("POST", COMPLETIONS, json=body, timeout=GENERATE_TIMEOUT_S)["choices"][0]["text"]
+            return
+        try:
+            for chunk in self._stream("POST", COMPLETIONS, json=body, timeout=GENERATE_TIMEOUT_S):
+                if "error" in chunk:
+                    raise _refusal(chunk, 502)
+                yield from (choice["text"] for choice in chunk["choices"])
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
 
     def system(self) -> Document:
         """Processes, workers, Triton, database, Redis, disks and memory."""
@@ -324,20 +341,23 @@ class ControlPlane:
                 return rows
 
     def _events(self, job_id: str, after: int) -> Iterator[Document]:
-        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-        path = f"/api/v1/jobs/{job_id}/events"
-        with self._http.stream("GET", path, headers=headers, timeout=STREAM_TIMEOUT_S) as response:
+        headers = {"Accept": EVENT_STREAM, "Last-Event-ID": str(after)}
+        return self._stream("GET", f"/api/v1/jobs/{job_id}/events", headers=headers, timeout=STREAM_TIMEOUT_S)
+
+    def _stream(self, method: str, path: str, **options: Any) -> Iterator[Document]:
+        """The documents of an event stream; an error in it is raised."""
+        with self._http.stream(method, path, **options) as response:
             if response.is_error:
                 response.read()
                 raise _error(response)
             is_error = False
-            for line in response.iter_lines():
+            for line in _lines(response):
                 if line == "event: error":
                     is_error = True
-                elif line.startswith("data: "):
+                elif line.startswith("data: {"):
                     document = json.loads(line.removeprefix("data: "))
                     if is_error:
-                        raise ApiError(document["detail"], document["status"], document["code"])
+                        raise _refusal(document, response.status_code)
                     yield document
 
     def _ask(self, method: str, path: str, **options: Any) -> Document:
@@ -370,8 +390,22 @@ def _if_match(revision: int | None) -> dict[str, str]:
 
 def _error(response: httpx.Response) -> ApiError:
     try:
-        problem = response.json()
-        return ApiError(problem["detail"], response.status_code, problem["code"])
+        return _refusal(response.json(), response.status_code)
     except (ValueError, KeyError, TypeError):
         message = f"{response.request.url} answered {response.status_code} and not why; is it llmos that listens there?"
         return ApiError(message, response.status_code, "http_error")
+
+
+def _refusal(document: Document, status: int) -> ApiError:
+    """From a problem document, or from OpenAI's error object."""
+    if "error" in document:
+        return ApiError(document["error"]["message"], status, str(document["error"]["code"]))
+    return ApiError(document["detail"], document.get("status", status), document["code"])
+
+
+def _lines(response: httpx.Response) -> Iterator[str]:
+    """Those of an event stream; httpx's own also end at characters that may stand inside of JSON, as U+2028."""
+    rest = b""
+    for data in response.iter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line.decode() for line in lines)

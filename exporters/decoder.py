@@ -110,9 +110,8 @@ class DecoderStep(torch.nn.Module):
         self.attention.begin(past_key_values, seqlens_k, total_sequence_length, position_ids)
         self.head.index = logits_index
         logits = self._logits(input_ids, position_ids)[:, 0].float()
-        if self.bans is not None:
-            logits = logits + self.bans
-        top_logits, top_ids = torch.topk(logits, self.num_top_logits, dim=-1, largest=True, sorted=True)
+        allowed = logits if self.bans is None else logits + self.bans
+        top_logits, top_ids = torch.topk(allowed, self.num_top_logits, dim=-1, largest=True, sorted=True)
         return logits, top_logits, top_ids, self.attention.present
 
     def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def write_decoder(
     on_step("trace")
     shape = measure(model)
     num_top_logits = min(MAX_TOP_LOGITS, shape.vocab_size)
-    settings = version_config(export, checkpoint, model.config, shape, num_top_logits)
+    settings = version_config(export, checkpoint, model, shape, num_top_logits)
     program = trace(model, shape.layers, num_top_logits)
 
     on_step("fuse")

@@ -192,7 +192,7 @@ def _lengths(
     """(max_model_len, max_source_len); raises InvalidConfig if the model does not have what was asked."""
     if kind == "decoder":
         shape = DecoderShape(tuple(layers), int(model.config.get_text_config().vocab_size))
-        settings = version_config(config, checkpoint, model.config, shape, min(MAX_TOP_LOGITS, shape.vocab_size))
+        settings = version_config(config, checkpoint, model, shape, min(MAX_TOP_LOGITS, shape.vocab_size))
         return settings.engine.max_model_len, 0
     positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
     max_model_len = config.max_model_len or min(positions, DEFAULT_MAX_MODEL_LEN)

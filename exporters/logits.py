@@ -76,6 +76,7 @@ class ExportedGraph:
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        logits[:, list(self._config.model.suppressed_token_ids)] = -np.inf  # as of the original
         return logits
 
     def _state(self, num_rows: int, max_len: int, source: Sequence[int]) -> dict[str, ort.OrtValue]:
@@ -127,7 +128,7 @@ def original_logits(
 ) -> torch.Tensor:
     """Logits (S, V) of the last ``keep`` positions of ``ids`` (all by default), in one forward pass.
 
-    Tokens that the model's own settings forbid have −inf, as in the graph.
+    Tokens that the model's own settings forbid have −inf.
     """
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
     if source:

@@ -70,7 +70,7 @@ def seq2seq_version_config(
 ) -> VersionConfig:
     """model.json of the version; raises InvalidConfig if the asked lengths do not suit the model."""
     decoder = DecoderShape(shape.layers, shape.vocab_size)
-    base = version_config(export, checkpoint, model.config, decoder, num_top_logits)
+    base = version_config(export, checkpoint, model, decoder, num_top_logits)
     limit = max_source_positions(model, shape)
     if export.max_source_len is not None and limit is not None and export.max_source_len > limit:
         raise InvalidConfig(

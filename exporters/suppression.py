@@ -1,4 +1,4 @@
-"""Tokens that a model's own settings forbid, such as Marian's padding: graph and original both give them −inf.
+"""Tokens that a model's own settings forbid, such as Marian's padding: never chosen, though the model gives them mass.
 
 Settings: https://huggingface.co/docs/transformers/main_classes/text_generation (``bad_words_ids``, ``suppress_tokens``)
 """

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from exporters.checkpoint import Checkpoint
 from exporters.config import CACHE_TYPES, DEFAULT_MAX_MODEL_LEN, ExportConfig
 from exporters.decoder import DecoderShape
 from exporters.errors import InvalidCheckpoint, InvalidConfig, OutputExists
 from exporters.rope import constant_frequency_limit
+from exporters.suppression import suppressed_tokens
 from triton_backend.config import LayerConfig, ModelConfig, VersionConfig
 from triton_backend.version_folder import MANIFEST_JSON, sha256_of
 
@@ -92,9 +95,10 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def version_config(
-    export: ExportConfig, checkpoint: Checkpoint, model_config: Any, shape: DecoderShape, num_top_logits: int
+    export: ExportConfig, checkpoint: Checkpoint, original: PreTrainedModel, shape: DecoderShape, num_top_logits: int
 ) -> VersionConfig:
     """model.json of the version; raises InvalidConfig if the asked lengths do not suit the model."""
+    model_config: Any = original.config
     text_config = model_config.get_text_config(decoder=True)
     max_position_embeddings, limit = _limits(checkpoint, text_config)
     if export.max_model_len is not None and export.max_model_len > limit:
@@ -115,6 +119,7 @@ def version_config(
         pad_token_id=_special_token("pad_token_id", checkpoint, text_config),
         precision=export.precision,
         cache_type=CACHE_TYPES[export.precision, export.device],
+        suppressed_token_ids=tuple(suppressed_tokens(original)),
         generation_defaults={
             engine_name: checkpoint.generation_config[name]
             for name, engine_name in GENERATION_DEFAULTS.items()

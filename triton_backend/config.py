@@ -75,7 +75,8 @@ class ModelConfig:
     of the checkpoint's generation_config.json, used where a request names none. An encoder–decoder's decoder begins
     with ``decoder_start_token_id``, which is not part of the output, then ``forced_bos_token_id`` if any, which is.
     ``forced_eos_token_id`` is the last token of an output that reaches max_tokens. ``source_vocab_size`` is the
-    encoder's, if it differs from the decoder's.
+    encoder's, if it differs from the decoder's. ``suppressed_token_ids`` are never chosen: they are not among
+    ``top_ids``, but count in ``logits``.
     An encoder's embeddings have ``embedding_size`` numbers, made from token vectors by ``pooling`` and scaled to length
     1 if ``normalize``; the graph does both.
     """
@@ -100,6 +101,7 @@ class ModelConfig:
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     source_vocab_size: int | None = None
+    suppressed_token_ids: tuple[int, ...] = ()
     lora: LoraConfig | None = None
     pooling: str | None = None
     normalize: bool = False
@@ -222,7 +224,8 @@ class VersionConfig:
                 model[layers] = tuple(_from_mapping(LayerConfig, layer) for layer in model.get(layers, ()))
             if model.get("lora"):
                 model["lora"] = _lora_from(model["lora"])
-            model["eos_token_ids"] = tuple(model.get("eos_token_ids", ()))
+            for ids in ("eos_token_ids", "suppressed_token_ids"):
+                model[ids] = tuple(model.get(ids, ()))
             return cls(_from_mapping(ModelConfig, model), _from_mapping(EngineConfig, document["engine"]))
         except VersionFolderError as error:
             raise VersionFolderError(f"{path}: {error.args[0]}") from error

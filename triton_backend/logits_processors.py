@@ -7,7 +7,9 @@ are OpenAI's, over the output only. A sequence that needs none of them never tou
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,35 +17,48 @@ import torch
 
 from triton_backend.config import ModelConfig
 from triton_backend.sampling_params import SamplingParams
-from triton_backend.sequence import Sequence
+from triton_backend.sequence import RequestState, Sequence
 from triton_backend.token_history import TokenHistory
 from triton_backend.tokenizer import Tokenizer
 
 NOTHING = float("-inf")
 
 
+@dataclass(frozen=True)
+class TokenTensors:
+    """The token ids of a request's parameters, as tensors on the logits' device: made once, for lists may be long."""
+
+    biased: torch.Tensor
+    biases: torch.Tensor
+    allowed: torch.Tensor | None
+    ends: torch.Tensor
+
+
 class LogitsProcessors:
-    """Everything that may change the logits of a request's sequences."""
+    """Everything that may change the logits of a request's sequences. Used by the engine thread only."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._banned_sequences = lru_cache(maxsize=256)(self._encode_bad_words)
+        self._suppressed = list(config.suppressed_token_ids)
+        self._tensors: weakref.WeakKeyDictionary[RequestState, TokenTensors] = weakref.WeakKeyDictionary()
 
     def apply(self, logits: torch.Tensor, sequence: Sequence, history: TokenHistory | None) -> None:
         """Change ``logits`` (V); ``history`` is there if ``needs_history``."""
-        params = sequence.params
-        biases = {i: bias for i, bias in params.logit_bias if i < self._config.vocab_size}
-        if biases:
-            logits[list(biases)] += torch.tensor(list(biases.values()), device=logits.device)
+        params, tensors = sequence.params, self._tensors_of(sequence, logits.device)
+        if len(tensors.biased):
+            logits[tensors.biased] += tensors.biases
         if history is not None:
             history.update(sequence.output_ids)
             _penalise(logits, params, history)
             ban(logits, _repeated_ngrams(history.tokens, params.no_repeat_ngram_size))
             ban(logits, _bad_words(history.tokens, self._banned_sequences(params.bad_words)))
-        ban(logits, self._inside(self.early_ends(sequence)))
-        if params.allowed_token_ids is not None:
-            allow_only(logits, self._inside(params.allowed_token_ids))
+        ban(logits, self._suppressed)
+        if self._is_too_early_to_end(sequence):
+            logits[tensors.ends] = NOTHING
+        if tensors.allowed is not None:
+            allow_only(logits, tensors.allowed)
         if sequence.grammar is not None:
             sequence.grammar.mask(logits)
         if not bool(torch.isfinite(logits.max())):  # nothing is left: let the text end
@@ -51,21 +66,43 @@ class LogitsProcessors:
             logits[ends] = 0.0
 
     def are_needed(self, sequence: Sequence) -> bool:
+        """Whether the next token may be another one than the graph's largest logits say."""
         params = sequence.params
         return bool(
             needs_history(params)
             or params.logit_bias
             or params.allowed_token_ids is not None
             or sequence.grammar is not None
-            or self.early_ends(sequence)
+            or self._is_too_early_to_end(sequence)
         )
 
-    def early_ends(self, sequence: Sequence) -> tuple[int, ...]:
-        """Tokens that would end the sequence before ``min_tokens``."""
+    def change(self, sequence: Sequence) -> bool:
+        """Whether its logits are not what tokens are chosen by; the graph's largest ones know of suppressed tokens."""
+        return bool(self._suppressed) or self.are_needed(sequence)
+
+    def _is_too_early_to_end(self, sequence: Sequence) -> bool:
+        """Whether there are tokens that would end the sequence before ``min_tokens``."""
         params = sequence.params
-        if len(sequence.output_ids) >= params.min_tokens:
-            return ()
-        return params.stop_token_ids + (() if params.ignore_eos else self._config.eos_token_ids)
+        has_ends = bool(params.stop_token_ids) or (not params.ignore_eos and bool(self._config.eos_token_ids))
+        return has_ends and len(sequence.output_ids) < params.min_tokens
+
+    def _tensors_of(self, sequence: Sequence, device: torch.device) -> TokenTensors:
+        if (known := self._tensors.get(sequence.state)) is not None:
+            return known
+        params = sequence.params
+        biases = {i: bias for i, bias in params.logit_bias if i < self._config.vocab_size}
+        ends = params.stop_token_ids + (() if params.ignore_eos else self._config.eos_token_ids)
+
+        def ids(token_ids: Iterable[int]) -> torch.Tensor:
+            return torch.tensor(self._inside(token_ids), dtype=torch.long, device=device)
+
+        made = self._tensors[sequence.state] = TokenTensors(
+            biased=ids(biases),
+            biases=torch.tensor(list(biases.values()), device=device),
+            allowed=None if params.allowed_token_ids is None else ids(params.allowed_token_ids),
+            ends=ids(ends),
+        )
+        return made
 
     def _inside(self, token_ids: Iterable[int]) -> list[int]:
         """Ids outside the vocabulary are harmless: they never match."""
@@ -94,7 +131,7 @@ def ban(logits: torch.Tensor, token_ids: list[int]) -> None:
         logits[token_ids] = NOTHING
 
 
-def allow_only(logits: torch.Tensor, token_ids: list[int]) -> None:
+def allow_only(logits: torch.Tensor, token_ids: torch.Tensor) -> None:
     kept = logits[token_ids]
     logits.fill_(NOTHING)
     logits[token_ids] = kept

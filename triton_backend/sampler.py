@@ -82,7 +82,7 @@ class Sampler:
         if not self.needs_logits(sequence):
             return SampledToken(self._choose(None, head, sequence))
         raw = row = outputs.logits[sequence.row]
-        if self._processors.are_needed(sequence):
+        if self._processors.change(sequence):
             row = raw.clone() if wants_logprobs(params) else raw
             self._processors.apply(row, sequence, self._history(sequence))
             head = Head.of(row, 1 if params.is_greedy else self._config.num_top_logits)

@@ -17,6 +17,9 @@ from triton_backend.errors import InvalidRequest
 from triton_backend.grammar_params import GRAMMAR_PARAMETERS, GrammarSpec, grammar_from
 from triton_backend.parameter_kinds import LARGE, Biases, Flag, Number, Text, Texts, TokenIds, shown
 
+MIN_TEMPERATURE = 1e-5
+"""Lower ones above 0 count as this one: logits divided by less are infinite, and the likeliest token wins anyway."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -100,6 +103,8 @@ class SamplingParams:
             params = _without_sampling(params, given)
         elif params.do_sample is False:
             params = dataclasses.replace(params, temperature=0.0)
+        if 0.0 < params.temperature < MIN_TEMPERATURE:
+            params = dataclasses.replace(params, temperature=MIN_TEMPERATURE)
         _check(params)
         return params
 

@@ -188,6 +188,12 @@ def test_sampled_beams_follow_their_seed(client):
     assert first == again != other
 
 
+def test_beams_drawn_at_the_smallest_temperature_have_texts(client):
+    options = {"beam_width": 3, "n": 3, "max_tokens": 6, "do_sample": True, "temperature": 1e-40, "seed": 1}
+    outputs = client.ask([5, 6, 7], ignore_eos=True, **options).outputs
+    assert [len(output.token_ids) for output in outputs] == [6, 6, 6]
+
+
 def test_groups_of_beams_differ_from_each_other(client):
     prompt_ids = random_prompt(6, 9)
     outputs = client.ask(

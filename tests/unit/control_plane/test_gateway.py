@@ -10,11 +10,12 @@ import pytest
 
 from control_plane import errors
 from control_plane.auth.services import create_key
+from control_plane.client import ApiError
 from control_plane.registry import serving_state
 from control_plane.registry.places import Place
 from control_plane.triton_fake import word_by_word
 from tests.served import say_loaded
-from triton_backend.protocol import GenerateResponse
+from triton_backend.protocol import GenerateResponse, SequenceOutput
 
 pytestmark = pytest.mark.unit
 
@@ -435,3 +436,26 @@ def test_unknown_path_and_wrong_method_are_json(client):
     assert error_of(client.get("/v1/nope"))["code"] == "not_found"
     wrong = client.get("/v1/completions")
     assert wrong.status_code == 405 and "POST" in wrong.headers["Allow"]
+
+
+def test_the_client_of_the_control_plane_reads_answers_as_they_come(admin, triton):
+    words = "first\u2028second\x85 🙂"
+
+    def lines(call):
+        yield GenerateResponse(call.request_id, (SequenceOutput(0, words),), 2)
+        yield GenerateResponse(call.request_id, (SequenceOutput(0, " end", finish_reason="stop"),), 2, finished=True)
+
+    triton.models["starter"] = lines
+    assert list(admin.complete("starter@production", "a b", temperature=0)) == [words, " end"]
+    assert "".join(admin.complete("starter", "a b", stream=False)) == f"{words} end"
+    with pytest.raises(ApiError, match="nosuch") as refused:
+        list(admin.complete("nosuch", "a b"))
+    assert refused.value.status == 404
+
+    def broken(call):
+        yield GenerateResponse(call.request_id, (SequenceOutput(0, words),), 2)
+        raise errors.ServingError("the model died")
+
+    triton.models["starter"] = broken
+    with pytest.raises(ApiError, match="the model died"):
+        list(admin.complete("starter", "a b"))

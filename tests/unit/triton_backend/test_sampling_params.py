@@ -21,7 +21,7 @@ from triton_backend.protocol import (
     response_tensors,
 )
 from triton_backend.protocol import parse_request as parse_tensors
-from triton_backend.sampling_params import ALIASES, FIELDS, OTHER_PARAMETERS, SamplingParams
+from triton_backend.sampling_params import ALIASES, FIELDS, MIN_TEMPERATURE, OTHER_PARAMETERS, SamplingParams
 
 pytestmark = pytest.mark.unit
 
@@ -78,6 +78,13 @@ def test_beams_do_not_sample_unless_told():
     drawn = parse({"beam_width": 4, "do_sample": True, "top_p": 0.5}, {"temperature": 0.6})
     assert (drawn.temperature, drawn.top_p) == (0.6, 0.5)
     assert parse({"do_sample": False, "temperature": 0.9}).is_greedy
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, "1e-9", 9.9e-6])
+def test_a_temperature_that_logits_cannot_be_divided_by_counts_as_the_smallest(temperature):
+    drawn = parse({"beam_width": 4, "do_sample": True, "temperature": temperature})
+    assert drawn.temperature == parse({"temperature": temperature}).temperature == MIN_TEMPERATURE
+    assert parse({"temperature": 0}).is_greedy
 
 
 def test_a_models_own_beams_are_for_requests_that_ask_for_nothing_else():
