@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from exporters import held_out
 from exporters.checkpoint import Checkpoint
-from exporters.comparison import PromptResult, TextComparison, TextLogits, finite, judge, top_of
+from exporters.comparison import PromptResult, TextComparison, TextLogits, difference, finite, judge, top_of
 from exporters.engine_process import EngineRun, run_prompts
 from exporters.events import Progress
 from exporters.logits import ExportedGraph, original_logits
@@ -136,7 +136,7 @@ def _certify_decoder(
         "text": {
             "sha256": held_out.sha256_of_text(text),
             **comparer.text(),
-            "max_difference_to_shipped_graph": finite(float(np.abs(shipped_logits - edited_logits).max())),
+            "max_difference_to_shipped_graph": finite(difference(shipped_logits, edited_logits)[0]),
         },
         "generate": _check_generate(model, config, results, thresholds.tie_logit_gap),
         "tokenizer": {"num_texts": len(TEXTS), "equal": tokenizes_equally(folder, tokenizer)},

@@ -129,7 +129,7 @@ class TextComparison:
         stride = self._exported.stride
         for row in logits[-self._num_seen % stride :: stride].numpy():
             found = self._exported.kept[len(self._divergences)]
-            self._differences.append(_difference(row, found))
+            self._differences.append(difference(row, found))
             self._divergences.append(_kl(row, found))
         self._num_seen += len(logits)
 
@@ -155,7 +155,7 @@ class TextComparison:
 
     def logits(self, expected: Sequence[np.ndarray] = (), found: Sequence[np.ndarray] = ()) -> dict[str, Any]:
         """Differences of the logits (V,) that were kept, and of others that are given."""
-        differences = [*self._differences, *map(_difference, expected, found)]
+        differences = [*self._differences, *map(difference, expected, found)]
         largest = float(np.max([each[0] for each in differences]))
         scale = max([self._max_logit, *map(_largest, expected)])
         return {
@@ -167,10 +167,10 @@ class TextComparison:
         }
 
 
-def _difference(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+def difference(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """Largest and mean |left − right|. Some models set logits to −inf; two of these do not differ."""
-    difference = np.abs(np.subtract(left, right, out=np.zeros_like(left), where=left != right))
-    return float(difference.max()), float(difference.mean())
+    found = np.abs(np.subtract(left, right, out=np.zeros_like(left), where=left != right))
+    return float(found.max()), float(found.mean())
 
 
 def _largest(logits: np.ndarray) -> float:

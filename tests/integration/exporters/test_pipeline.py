@@ -90,6 +90,18 @@ def test_tokens_that_the_original_never_chooses_are_never_chosen(
     assert found and not found & set(banned)
 
 
+def test_a_model_that_never_chooses_its_padding_is_proven_equal(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    checkpoint = save("bart", BART, AutoModelForSeq2SeqLM, tmp_path / "bart", tokenizer)
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bad_words_ids": [[BART["pad_token_id"]]]}))
+    version = export(ExportConfig(str(checkpoint), tmp_path / "out", max_model_len=64, max_source_len=96))
+
+    assert version.passed is True
+    assert version.certificate["text"]["max_difference_to_shipped_graph"] < 1e-4
+
+
 def test_an_encoder_becomes_one_proven_graph(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     checkpoint = save("bert", BERT, AutoModel, tmp_path / "bert", tokenizer)
     version = export(ExportConfig(str(checkpoint), tmp_path / "out"))

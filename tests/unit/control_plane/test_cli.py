@@ -68,8 +68,14 @@ def test_logs_that_do_not_exist_are_named(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (1, "llmos: there is no log of 'triton'; there are: none yet\n")
 
 
-def test_triton_that_is_away_is_one_line(tmp_path: Path) -> None:
-    result = llmos(tmp_path, "generate", "starter", "Hello", LLMOS_TRITON_GRPC_PORT="1")
+def test_generate_without_a_key_says_where_keys_come_from(tmp_path: Path) -> None:
+    result = llmos(tmp_path, "generate", "starter", "Hello")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and "LLMOS_API_KEY" in result.stderr
+
+
+def test_control_plane_that_is_away_is_one_line(tmp_path: Path) -> None:
+    result = llmos(tmp_path, "generate", "starter", "Hello", LLMOS_WEB_PORT="1", LLMOS_API_KEY="llmos_key")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and "127.0.0.1:1" in result.stderr
 
