@@ -17,7 +17,7 @@ from sqlalchemy.orm import aliased
 
 from control_plane.auth import audit
 from control_plane.auth.hashes import Passwords
-from control_plane.auth.roles import check_role
+from control_plane.auth.roles import check_role, includes
 from control_plane.auth.tables import ApiKey, User, UserSession
 from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from control_plane.extensions import db, now
@@ -89,10 +89,10 @@ def get_user(name: str) -> User:
 
 
 def edit_user(name: str, edit: UserEdit, revision: int | None) -> User:
-    """Change a user; a new password or a deactivation ends all of their sessions in the same transaction, a
-    deactivation also the keys that they made.
+    """Change a user; a new password or a deactivation ends all of their sessions in the same transaction.
 
-    Raises PreconditionFailed if the user is not at ``revision`` any more, Conflict for the last active administrator.
+    A deactivation also ends the keys that they made, a lower role those that may do more than it. Raises
+    PreconditionFailed if the user is not at ``revision`` any more, Conflict for the last active administrator.
     """
     values: dict[str, Any] = {"revision": User.revision + 1}
     if edit.role is not None:
@@ -114,8 +114,8 @@ def edit_user(name: str, edit: UserEdit, revision: int | None) -> User:
         )
     if edit.ends_sessions:
         db.session.execute(delete(UserSession).where(UserSession.user_id == user_id))
-    if edit.is_active is False:
-        _revoke_keys_of(f"user:{name}")
+    if edit.is_active is False or edit.role is not None:
+        _revoke_keys_of(f"user:{name}", unless=edit.role if edit.is_active is not False else None)
     audit.record("user.edit", name, **edit.named())
     db.session.commit()
     log.info("user_edited", user=name, **edit.named())
@@ -141,12 +141,13 @@ def _change(user_id: int, revision: int, takes_admin: bool, values: dict[str, An
     return bool(changed.rowcount)  # type: ignore[attr-defined]
 
 
-def _revoke_keys_of(maker: str) -> None:
-    """Those that were made with these keys, too; in the current transaction."""
+def _revoke_keys_of(maker: str, unless: str | None) -> None:
+    """Those that were made with these keys, too, but for those that a role may have; in the current transaction."""
     makers = [maker]
     while makers:
         is_theirs = ApiKey.created_by.in_(makers) & ApiKey.revoked_at.is_(None)
-        prefixes = list(db.session.scalars(select(ApiKey.prefix).where(is_theirs)))
+        keys = db.session.execute(select(ApiKey.prefix, ApiKey.role).where(is_theirs)).all()
+        prefixes = [prefix for prefix, role in keys if unless is None or not includes(unless, role)]
         db.session.execute(update(ApiKey).where(ApiKey.prefix.in_(prefixes)).values(revoked_at=now()))
         for prefix in prefixes:
             audit.record("key.revoke", prefix)

@@ -85,7 +85,8 @@ def watch(job_id: JobId) -> None:
 def cancel(job_id: JobId) -> None:
     """End a job, whether it has begun or not."""
     with connected() as llmos:
-        typer.echo(llmos.cancel_job(job_id)["state"])
+        job = llmos.cancel_job(job_id)
+        typer.echo("CANCELLING" if job["is_cancelling"] else job["state"])
 
 
 @jobs.command()

@@ -186,15 +186,16 @@ def events(job_id: str, after: int, limit: int) -> list[JobEvent]:
 def cancel(job_id: str) -> Job:
     """A queued job ends at once, a running one as soon as its worker hears of it; an ended one is a Conflict."""
     job = get(job_id)
-    ended = change(
-        Job.id == job_id, Job.state == QUEUED, state=CANCELLED, finished_at=now(), error="cancelled before it started"
-    )
-    asked = ended or change(
-        Job.id == job_id, Job.state == RUNNING, cancel_requested_at=func.coalesce(Job.cancel_requested_at, now())
-    )
-    if not asked:
-        db.session.rollback()
-        raise Conflict(f"job {job_id} has ended already ({job.state})")
+    why = "cancelled before it started" if job.started_at is None else "cancelled while it waited to go on"
+    while not (
+        change(Job.id == job_id, Job.state == QUEUED, state=CANCELLED, finished_at=now(), error=why)
+        or change(
+            Job.id == job_id, Job.state == RUNNING, cancel_requested_at=func.coalesce(Job.cancel_requested_at, now())
+        )
+    ):
+        db.session.rollback()  # Between the two it may be started or given back.
+        if job.state in ENDED:
+            raise Conflict(f"job {job_id} has ended already ({job.state})")
     audit.record("job.cancel", job_id)
     db.session.commit()
     db.session.refresh(job)

@@ -55,7 +55,7 @@ class Job(Base):
 
     @property
     def is_cancelling(self) -> bool:
-        return self.cancel_requested_at is not None
+        return self.cancel_requested_at is not None and self.state not in ENDED
 
 
 class JobEvent(Base):

@@ -15,7 +15,7 @@ from sqlalchemy.orm import joinedload
 from control_plane.auth import audit
 from control_plane.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from control_plane.extensions import db, now
-from control_plane.registry.services import get_model, get_version
+from control_plane.registry.services import get_model, get_version, lock_model
 from control_plane.registry.tables import CANARY, PRODUCTION, Alias, Model, Version
 
 RESERVED = (PRODUCTION, CANARY)
@@ -26,11 +26,13 @@ ALIAS = re.compile(r"[a-z][a-z0-9._-]{0,63}")
 def set_own(name: str, alias_name: str, number: int, revision: int | None = None) -> Alias:
     """Point an alias of a person's own to a version. Raises BadRequest, NotFound, Conflict, PreconditionFailed."""
     _check_name(alias_name)
+    lock_model(name)
     model, version = get_model(name), get_version(name, number)
+    if version.retired_at is not None:
+        raise Conflict(f"version {number} of {name!r} is retired and never served again; publish it anew")
     alias = find(model, alias_name)
     check_revision(f"{name}@{alias_name}", alias, revision)
-    point(model, alias_name, version, None, revision)
-    audit.record("alias.set", f"{name}@{alias_name}", version=number)
+    point(model, alias_name, version, None, expected=revision)
     try:
         db.session.commit()
     except IntegrityError:
@@ -48,8 +50,7 @@ def delete_own(name: str, alias_name: str) -> None:
     alias = find(model, alias_name) if ALIAS.fullmatch(alias_name) else None
     if alias is None:
         raise NotFound(f"model {name!r} has no alias {alias_name!r:.100}; GET /api/v1/models/{name} shows those it has")
-    db.session.delete(alias)
-    audit.record("alias.delete", f"{name}@{alias_name}")
+    remove(model, (alias_name,))
     db.session.commit()
 
 
@@ -81,11 +82,20 @@ def check_revision(shown: str, alias: Alias | None, expected: int | None) -> Non
         )
 
 
-def point(model: Model, alias_name: str, version: Version, weight: float | None, expected: int | None = None) -> None:
+def point(
+    model: Model,
+    alias_name: str,
+    version: Version,
+    weight: float | None,
+    actor: str | None = None,
+    expected: int | None = None,
+) -> None:
     """Move an alias, or make it, in the current transaction; ``weight`` is the canary's share in percent.
 
     Raises PreconditionFailed if it is not at the revision ``expected`` any more, or was removed meanwhile.
     """
+    share = {} if weight is None else {"weight": weight}
+    audit.record("alias.set", f"{model.name}@{alias_name}", actor, version=version.number, **share)
     alias = find(model, alias_name)
     if alias is None:
         db.session.add(Alias(model_id=model.id, name=alias_name, version_id=version.id, weight=weight))
@@ -100,9 +110,11 @@ def point(model: Model, alias_name: str, version: Version, weight: float | None,
     db.session.expire(alias)
 
 
-def remove(model: Model, names: Sequence[str], *conditions: ColumnElement[bool]) -> None:
+def remove(model: Model, names: Sequence[str], actor: str | None = None, *conditions: ColumnElement[bool]) -> None:
     """Remove those that also meet ``conditions``, in the current transaction."""
-    db.session.execute(delete(Alias).where(Alias.model_id == model.id, Alias.name.in_(names), *conditions))
+    removing = delete(Alias).where(Alias.model_id == model.id, Alias.name.in_(names), *conditions)
+    for removed in db.session.scalars(removing.returning(Alias.name)).all():
+        audit.record("alias.delete", f"{model.name}@{removed}", actor)
 
 
 def _check_name(alias_name: str) -> None:

@@ -2,7 +2,7 @@
 
     deploy ──► InProgress ──► UpToDate              the version is loaded: alias, history and audit in one transaction
                     │──────► BlockedByFailedLoad    it could not be loaded; what was served is still served
-                    └──────► Superseded             another deployment of the same alias came before
+                    └──────► Superseded             another deployment came, or nobody waits for it any more
 
 A deployment is an intent. Its version is loaded by the reconciler because of it; ``advance`` ends it as soon as the
 version is loaded anywhere, at once if it is already. Every write names the state it expects, so the web server and the
@@ -12,6 +12,7 @@ reconciler may both advance.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from sqlalchemy.orm import joinedload
 from control_plane.auth import audit
 from control_plane.errors import BadRequest, Conflict, Forbidden, NotFound, PreconditionFailed
 from control_plane.extensions import db, now
+from control_plane.jobs.tables import CANCELLED, FAILED, Job
 from control_plane.registry import aliases, gate
 from control_plane.registry.desired import ModelIntent
 from control_plane.registry.services import get_model, get_version, lock_model
@@ -54,7 +56,7 @@ log = structlog.get_logger(__name__)
 def deploy(
     name: str,
     kind: str,
-    serving: ServingState,
+    look: Callable[[], ServingState],
     *,
     number: int | None = None,
     weight: float | None = None,
@@ -66,12 +68,13 @@ def deploy(
     revision: int | None = None,
     actor: str | None = None,
 ) -> Deployment:
-    """Begin a deployment, and end it at once if its version is loaded.
+    """Begin a deployment, and end it at once if its version is loaded, as ``look`` says after it was begun.
 
-    ``number`` may be left out for a rollback (the version before) and for another weight of the canary there is.
-    ``job_id`` names the job that deploys, which may do so once. ``revision`` is the production alias's as it was read:
-    a change meanwhile is refused. Raises BadRequest, NotFound,
-    Forbidden, Conflict if the gate objects or there is nothing to do, PreconditionFailed.
+    One that is in progress is superseded, so that deploying what is served already, or an abort, calls it off.
+    ``number`` may be left out for a rollback (the version before; while a promotion is in progress, the one that is
+    served still) and for another weight of the canary there is. ``job_id`` names the job that deploys, which may do so
+    once. ``revision`` is the production alias's as it was read: a change meanwhile is refused. Raises BadRequest,
+    NotFound, Forbidden, Conflict if the gate objects or there is nothing to do, PreconditionFailed.
     """
     if kind not in KINDS:
         raise BadRequest(f"kind has value {kind!r:.100}; expected one of {', '.join(KINDS)}")
@@ -80,13 +83,19 @@ def deploy(
     model = get_model(name)
     production, canary = aliases.find(model, PRODUCTION), aliases.find(model, CANARY)
     aliases.check_revision(f"{name}@{PRODUCTION}", production, revision)
-    if revision is not None:
-        _require_nobody_deploys(model)
-    version = _target(model, kind, number, production, canary)
-    _check(kind, version, weight, production)
-    # What was served before, and the canary that there is, went through the gate then.
+    waiting = _in_progress(model)
+    if revision is not None and PRODUCTION in waiting:
+        raise PreconditionFailed(
+            f"deployment {waiting[PRODUCTION].id} of {name!r} is in progress, If-Match expects that nobody deploys: "
+            "read it again"
+        )
+    version = _target(model, kind, number, production, canary, waiting)
+    is_production = production is not None and production.version_id == version.id
+    _check(kind, version, weight, production, is_production and PRODUCTION not in waiting)
+    # What is or was served, and the canary that there is, went through the gate then.
     is_the_canary = kind == "canary" and canary is not None and canary.version_id == version.id
-    is_known = is_the_canary or kind in ENDINGS or (kind == "rollback" and _was_production(version))
+    was_served = is_production or (kind == "rollback" and _was_production(version))
+    is_known = is_the_canary or kind in ENDINGS or was_served
     overridden = [] if is_known else _objections(model, version, reason, force, may_force)
     alias = canary if KINDS[kind] == CANARY else production
     deployment = Deployment(
@@ -101,11 +110,14 @@ def deploy(
         job_id=job_id,
         created_by=actor or audit.current_actor(),
     )
+    for other in waiting.values():
+        if other.alias == deployment.alias or kind == "withdraw":
+            _end(other, SUPERSEDED, failure_message=f"{kind} of version {version.number} came before")
     db.session.add(deployment)
     db.session.flush()
     audit.record(f"deployment.{kind}", f"{name}/{version.number}", actor, weight=weight, overridden=overridden)
     db.session.commit()
-    advance(serving, warm)
+    advance(look(), warm)
     db.session.refresh(deployment)
     return deployment
 
@@ -113,19 +125,14 @@ def deploy(
 def advance(serving: ServingState, warm: timedelta) -> None:
     """End the deployments whose version is loaded, or could not be; called again and again.
 
-    ``warm`` is how long the version that is replaced stays loaded.
+    ``warm`` is how long the version that is replaced stays loaded. What was seen long ago says nothing.
     """
-    query = select(Deployment).where(Deployment.state == IN_PROGRESS).order_by(Deployment.id.desc())
+    _give_up_those_of_ended_jobs()
+    query = select(Deployment).where(Deployment.state == IN_PROGRESS).order_by(Deployment.id)
     related = (joinedload(Deployment.model), joinedload(Deployment.version))
-    seen = set()
     for deployment in db.session.scalars(query.options(*related)).all():
-        target = (deployment.model_id, deployment.alias)
-        if target in seen:
-            _end(deployment, SUPERSEDED)
-            db.session.commit()
-            continue
-        seen.add(target)
-        found = serving.where(deployment.model.name, deployment.version.number)
+        where = serving.where(deployment.model.name, deployment.version.number)
+        found = where if serving.is_current else None
         if deployment.kind in ENDINGS or (found is not None and found[1].state == LOADED):
             _finish(deployment, warm)
         elif found is not None and _failed_since(found[1], deployment.created_at):
@@ -180,22 +187,17 @@ def find_of_job(job_id: str) -> Deployment | None:
     return db.session.scalar(select(Deployment).where(Deployment.job_id == job_id))
 
 
-def give_up(deployment: Deployment) -> None:
-    """Whoever waited for it does not want it any more, and may deploy again; nothing if it has ended."""
-    _end(deployment, SUPERSEDED, failure_message="its job was cancelled", job_id=None)
-    db.session.commit()
-
-
 def retire(name: str, number: int) -> Version:
     """Never serve a version again; garbage collection may remove its files. Conflict while an alias points to it."""
     lock_model(name)
     version = get_version(name, number)
-    pointing = list(db.session.scalars(select(Alias.name).where(Alias.version_id == version.id)))
+    # In this order: what is deployed between the two looks is seen by the second.
     query = select(Deployment.id).where(Deployment.version_id == version.id, Deployment.state == IN_PROGRESS)
-    if pointing:
-        raise Conflict(f"version {number} of {name!r} is {', '.join(pointing)}; move that first")
     if db.session.scalar(query.limit(1)) is not None:
         raise Conflict(f"version {number} of {name!r} is being deployed; wait for that, or deploy another")
+    pointing = list(db.session.scalars(select(Alias.name).where(Alias.version_id == version.id)))
+    if pointing:
+        raise Conflict(f"version {number} of {name!r} is {', '.join(pointing)}; move that first")
     if version.retired_at is None:
         version.retired_at, version.warm_until = now(), None
         audit.record("version.retire", f"{name}/{number}")
@@ -222,8 +224,7 @@ def adopt_production(name: str, number: int) -> None:
             finished_at=now(),
         )
     )
-    aliases.point(model, PRODUCTION, version, None)
-    audit.record("alias.set", f"{name}@{PRODUCTION}", version=number)
+    aliases.point(model, PRODUCTION, version, None, actor)
     db.session.commit()
 
 
@@ -233,7 +234,20 @@ def served_models() -> list[str]:
     return list(db.session.scalars(query.order_by(Model.name)))
 
 
-def _target(model: Model, kind: str, number: int | None, production: Alias | None, canary: Alias | None) -> Version:
+def _in_progress(model: Model) -> dict[str, Deployment]:
+    """By the alias that they move."""
+    query = select(Deployment).where(Deployment.model_id == model.id, Deployment.state == IN_PROGRESS)
+    return {deployment.alias: deployment for deployment in db.session.scalars(query.order_by(Deployment.id))}
+
+
+def _target(
+    model: Model,
+    kind: str,
+    number: int | None,
+    production: Alias | None,
+    canary: Alias | None,
+    waiting: Mapping[str, Deployment],
+) -> Version:
     if kind == "withdraw":
         if production is None:
             raise Conflict(
@@ -241,13 +255,16 @@ def _target(model: Model, kind: str, number: int | None, production: Alias | Non
             )
         return production.version
     if kind == "abort" or (kind == "canary" and number is None):
+        if canary is None and kind == "abort" and CANARY in waiting:
+            return waiting[CANARY].version
         if canary is None:
             raise Conflict(f"model {model.name!r} has no canary; deploy one with kind 'canary' and a version")
         return canary.version
     if number is not None:
         return get_version(model.name, number)
     if kind == "rollback":
-        return _version_before(model, production)
+        is_called_off = production is not None and PRODUCTION in waiting
+        return production.version if production and is_called_off else _version_before(model, production)
     raise BadRequest("version is missing; expected the number of the version to promote")
 
 
@@ -260,7 +277,8 @@ def _version_before(model: Model, production: Alias | None) -> Version:
         # What a rollback came from was bad: a second one goes on to what was served before that.
         Deployment.kind != "rollback",
         Deployment.version_id == (production.version_id if production else None),
-        Deployment.previous_version_id.is_not(None),
+        # None for the first one, and no other one for a promotion that was called off.
+        Deployment.previous_version_id != Deployment.version_id,
     )
     last = db.session.scalar(query.order_by(Deployment.id.desc()).limit(1))
     if last is None or last.previous_version is None:
@@ -275,22 +293,12 @@ def _was_production(version: Version) -> bool:
     return db.session.scalar(query.limit(1)) is not None
 
 
-def _require_nobody_deploys(model: Model) -> None:
-    """A deployment in progress moves production soon; raises PreconditionFailed."""
-    query = select(Deployment.id).where(
-        Deployment.model_id == model.id, Deployment.alias == PRODUCTION, Deployment.state == IN_PROGRESS
-    )
-    if (found := db.session.scalar(query.limit(1))) is not None:
-        raise PreconditionFailed(
-            f"deployment {found} of {model.name!r} is in progress, If-Match expects that nobody deploys: read it again"
-        )
-
-
-def _check(kind: str, version: Version, weight: float | None, production: Alias | None) -> None:
+def _check(kind: str, version: Version, weight: float | None, production: Alias | None, is_there: bool) -> None:
+    """``is_there``: the version is production, and nobody is about to change that."""
     if version.retired_at is not None:
         raise Conflict(f"version {version.number} is retired and never served again; publish it anew")
-    is_production = production is not None and production.version_id == version.id
-    if kind in ("promote", "rollback", "canary") and is_production:
+    is_canary_of_itself = kind == "canary" and production is not None and production.version_id == version.id
+    if is_canary_of_itself or (kind in ("promote", "rollback") and is_there):
         raise Conflict(f"version {version.number} is production already; llmos models show tells what is served")
     if kind == "rollback" and production is None:
         raise Conflict("the model has no production version; promote one")
@@ -316,6 +324,14 @@ def _objections(model: Model, version: Version, reason: str | None, force: bool,
     return objections
 
 
+def _give_up_those_of_ended_jobs() -> None:
+    """A job that was cancelled or failed while it waited does not want it any more; run again, it deploys again."""
+    query = select(Deployment, Job).join(Job, Job.id == Deployment.job_id).where(Deployment.state == IN_PROGRESS)
+    for deployment, job in db.session.execute(query.where(Job.state.in_((CANCELLED, FAILED)))).all():
+        _end(deployment, SUPERSEDED, failure_message=f"its job is {job.state}", job_id=None)
+        db.session.commit()
+
+
 def _finish(deployment: Deployment, warm: timedelta) -> None:
     """Alias, history and audit in one transaction; nothing if somebody else was faster."""
     model, version = deployment.model, deployment.version
@@ -337,20 +353,18 @@ def _finish(deployment: Deployment, warm: timedelta) -> None:
 
 def _move(deployment: Deployment, previous: Version | None, warm: timedelta) -> None:
     """Aliases and what stays warm, and the audit of it, in the current transaction."""
-    model, version = deployment.model, deployment.version
+    model, version, actor = deployment.model, deployment.version, deployment.created_by
     if deployment.kind in ENDINGS:
-        aliases.remove(model, aliases.RESERVED if deployment.kind == "withdraw" else (CANARY,))
+        aliases.remove(model, aliases.RESERVED if deployment.kind == "withdraw" else (CANARY,), actor)
         is_version = Version.model_id == model.id if deployment.kind == "withdraw" else Version.id == version.id
         db.session.execute(update(Version).where(is_version).values(warm_until=None))
     else:
-        aliases.point(model, deployment.alias, version, deployment.weight)
+        aliases.point(model, deployment.alias, version, deployment.weight, actor)
         if previous is not None and previous.id != version.id:
             previous.warm_until = now() + warm if deployment.alias == PRODUCTION else None
         if deployment.alias == PRODUCTION:
             # A canary that is promoted has done its work.
-            aliases.remove(model, (CANARY,), Alias.version_id == version.id)
-    number = None if deployment.kind in ENDINGS else version.number
-    audit.record("alias.set", f"{model.name}@{deployment.alias}", deployment.created_by, version=number)
+            aliases.remove(model, (CANARY,), actor, Alias.version_id == version.id)
 
 
 def _failed_since(state: ModelState, at: datetime) -> bool:

@@ -57,7 +57,7 @@ class Reconciler:
         self._store: ArtifactStore = artifact_store(self._settings)
         self._trusted = TrustedKeys(self._settings.trusted_keys) if self._settings.trusted_keys else None
         self._pool = ThreadPoolExecutor(MAX_ACTIONS, thread_name_prefix="action")
-        self._intents: Sequence[ModelIntent] = ()
+        self._intents: Sequence[ModelIntent] | None = None
         self._records: Mapping[Place, Record] = {}
         self._running: dict[Future[Outcome], Action] = {}
         self._unreachable_since: float | None = None
@@ -82,7 +82,10 @@ class Reconciler:
             self._clock_offset = time.time() - now
         self._collect(now)
         self._look_up_intents()
-        desired = self._desired(decisions.loaded_places(index, self._records))
+        if self._intents is None:
+            # Nobody has said yet what is wanted: what Triton serves since before stays.
+            return
+        desired = self._desired(self._intents, decisions.loaded_places(index, self._records))
         self._records = decisions.observe(desired, index, self._records, now)
         # Written before anything is begun: what is to be unloaded must not be asked any more.
         state = self._write(desired, index is not None)
@@ -107,9 +110,9 @@ class Reconciler:
         except SQLAlchemyError as error:
             log.warning("registry_unwritable", reason=str(error))
 
-    def _desired(self, loaded: set[Place]) -> dict[Place, Desired]:
+    def _desired(self, intents: Sequence[ModelIntent], loaded: set[Place]) -> dict[Place, Desired]:
         desired = {}
-        for intent in self._intents:
+        for intent in intents:
             for place, digest in desired_places(intent, loaded).items():
                 # Its folder may still have to be made.
                 limit_s = LOAD_LIMIT_S + intent.sizes.get(place.version, 0) / LOAD_BYTES_PER_S
@@ -263,7 +266,7 @@ class Reconciler:
         places = {place: self._state_of(place, record) for place, record in self._records.items() if place in desired}
         state = ServingState({}, triton_is_reachable, time.time(), places)
         models = {}
-        for intent in self._intents:
+        for intent in self._intents or ():
             found = None if intent.production is None else state.where(intent.name, intent.production)
             if found is not None:
                 models[intent.name] = found[1]

@@ -14,7 +14,6 @@ from control_plane.artifacts import artifact_store
 from control_plane.errors import BadRequest, Conflict, ControlPlaneError
 from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
-from control_plane.jobs.runner import JobCancelled
 from control_plane.registry import checkpoints, deployments, services, serving_state
 from control_plane.registry.model_directory import is_sealed
 from control_plane.registry.params import ModelName, Text
@@ -116,7 +115,7 @@ def deploy(run: JobRun) -> Mapping[str, Any]:
     deployment = deployments.find_of_job(run.job_id) or deployments.deploy(
         params.name,
         params.deploy,
-        serving_state.read(run.settings),
+        lambda: serving_state.read(run.settings),
         number=number,
         weight=params.weight,
         job_id=run.job_id,
@@ -124,13 +123,10 @@ def deploy(run: JobRun) -> Mapping[str, Any]:
         actor=run.actor,
     )
     while deployment.state == IN_PROGRESS:
-        # The reconciler loads the version and ends the deployment. Nobody waits for it inside a transaction.
+        # The reconciler loads the version and ends the deployment, or gives it up if the job is cancelled meanwhile.
+        # Nobody waits for it inside a transaction.
         db.session.rollback()
-        try:
-            run.pause(POLL_S)
-        except JobCancelled:
-            deployments.give_up(deployment)
-            raise
+        run.pause(POLL_S)
         db.session.refresh(deployment)
     if deployment.state != UP_TO_DATE:
         why = deployment.failure_message or "another deployment came before it"

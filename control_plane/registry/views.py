@@ -71,10 +71,12 @@ def show_model(name: str) -> Tagged:
 @require_key("operator")
 @Operation(ModelOut, headers=IfMatch, body=ModelEdit, errors=(PreconditionFailed,), sends=ETAG)
 def edit_model(name: str, headers: IfMatch, body: ModelEdit) -> Tagged:
-    """Change a model's description or thresholds.
+    """Change a model's description or thresholds; thresholds, which decide what may be served, need the role admin.
 
     With ``If-Match: "<revision>"`` the edit is refused if somebody else was faster.
     """
+    if "thresholds" in body.changes:
+        current_principal().require("admin", ("admin",))
     model = services.edit_model(name, body.changes, headers.revision)
     return with_etag(model_out(model, aliases.of_model(model)))
 
@@ -159,7 +161,7 @@ def deploy(name: str, headers: IfMatch, body: DeploymentIn) -> Response:
     deployment = deployments.deploy(
         name,
         body.kind,
-        _serving(),
+        _serving,
         number=body.version,
         weight=body.weight,
         reason=body.reason,

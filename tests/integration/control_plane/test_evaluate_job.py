@@ -91,7 +91,7 @@ def test_what_was_recorded_lets_a_version_through_the_gate_or_not(app: Flask, jo
         version.passed = True
         services.edit_model("chat", {"thresholds": {"perplexity.bits_per_byte": {"max": 0.01}}}, None)
         with pytest.raises(Conflict, match=r"perplexity\.bits_per_byte is .*; expected at most 0\.01"):
-            deployments.deploy("chat", "promote", ServingState(), number=1)
+            deployments.deploy("chat", "promote", ServingState, number=1)
 
 
 def test_a_job_that_was_killed_behind_its_record_records_no_second_one(app: Flask, jobs: JobRuns, data: str) -> None:

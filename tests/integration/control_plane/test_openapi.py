@@ -113,7 +113,7 @@ def app(settings: Settings, tmp_path: Path) -> APIFlask:
             services.register(MODEL, folder)
         deployments.adopt_production(MODEL, 1)
         aliases.set_own(MODEL, "stable", 1)
-        deployments.deploy(MODEL, "canary", serving, number=2, weight=10.0)
+        deployments.deploy(MODEL, "canary", lambda: serving, number=2, weight=10.0)
         services.record_evaluation(MODEL, 2, "perplexity", {"bits": 1.0}, data=None, job_id=JOB, actor="system")
         create_user(MODEL, "a long enough password", "viewer")
         db.session.add(ApiKey(prefix=KEY, secret_sha256="", name="some key", role="viewer"))

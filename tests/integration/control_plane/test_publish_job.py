@@ -145,6 +145,8 @@ def test_a_cancelled_job_gives_up_its_deployment_and_makes_another_when_it_runs_
     job = publish(deploy="promote")
     thread.join()
     assert job.state == CANCELLED
+    with app.app_context():
+        deployments.advance(ServingState(), timedelta(0))
     assert deployments_of(app) == [("promote", SUPERSEDED, "key:tester")]
     with Reconciler(app, LOADED):
         assert JobRuns(app).again(job).state == SUCCEEDED

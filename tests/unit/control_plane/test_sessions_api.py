@@ -248,6 +248,26 @@ def test_a_deactivation_ends_the_keys_that_were_made(app, admin, sign_in):
     assert app.test_client().get("/api/v1/jobs", headers=robot).status_code == 401
 
 
+def test_a_lower_role_ends_the_keys_that_may_do_more(app, admin, sign_in):
+    browser, csrf = sign_in("eve")
+    made = {
+        role: browser.post("/api/v1/keys", json={"name": role, "role": role}, headers=csrf).json
+        for role in ("viewer", "developer", "admin")
+    }
+    robot = {"Authorization": f"Bearer {made['admin']['key']}"}
+    grandchild = app.test_client().post("/api/v1/keys", json={"name": "o", "role": "operator"}, headers=robot).json
+    sign_in("ada")
+    admin.edit_user("eve", role="developer")
+    states = {key["prefix"]: key["state"] for key in admin.keys()}  # noqa: SIM118
+    assert {role: states[key["prefix"]] for role, key in made.items()} == {
+        "viewer": "active",
+        "developer": "active",
+        "admin": "revoked",
+    }
+    assert states[grandchild["prefix"]] == "revoked"
+    assert app.test_client().patch("/api/v1/users/eve", json={"role": "admin"}, headers=robot).status_code == 401
+
+
 def test_signing_in_again_ends_what_the_browser_was_signed_in_with(app, sign_in):
     browser, _ = sign_in("eve")
     before = browser.get_cookie("llmos_session").value

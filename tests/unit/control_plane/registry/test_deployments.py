@@ -16,6 +16,7 @@ from control_plane.auth.tables import AuditEvent
 from control_plane.client import ApiError, ControlPlane
 from control_plane.errors import PreconditionFailed
 from control_plane.extensions import db
+from control_plane.jobs.tables import Job
 from control_plane.registry import aliases as own_aliases
 from control_plane.registry import deployments, services, serving_state
 from control_plane.registry.places import Place
@@ -26,7 +27,6 @@ from tests.unit.control_plane.registry.conftest import sealed
 
 pytestmark = pytest.mark.unit
 WARM = timedelta(minutes=10)
-NOBODY = ServingState()
 
 
 @pytest.fixture
@@ -115,6 +115,79 @@ def test_a_later_deployment_supersedes_one_that_waits(chat, connect, llmos, say)
     assert aliases(llmos) == {"production": 3}
 
 
+def test_what_waits_is_superseded_in_the_transaction_of_what_comes_after(chat, llmos, monkeypatch):
+    """Two rows in progress could end in any order."""
+    first = llmos.deploy("chat", "promote", 2)
+    monkeypatch.setattr(deployments, "advance", lambda *_: None)
+    second = llmos.deploy("chat", "rollback", 2)
+    states = [(found["id"], found["state"]) for found in llmos.deployments("chat")]
+    assert states[:2] == [(second["id"], "InProgress"), (first["id"], "Superseded")]
+
+
+def test_a_deployment_that_waits_can_be_called_off(chat, llmos, say, tmp_path):
+    services.register("chat", sealed(tmp_path / "d", "d"))
+    say(LOADED, Place("chat", 1), Place("chat.canary", 2))
+    llmos.deploy("chat", "promote", 2)
+    for kind, number in (("promote", 2), ("rollback", 2), ("rollback", None)):
+        waiting = llmos.deploy("chat", "promote", 4)
+        assert llmos.deploy("chat", kind, number)["state"] == "UpToDate"
+        assert llmos.deployment("chat", waiting["id"])["state"] == "Superseded"
+        assert (aliases(llmos), wanted()) == ({"production": 2}, (2, [1, 2]))
+    waiting = llmos.deploy("chat", "canary", 4, weight=10)
+    assert llmos.deploy("chat", "abort")["version"] == 4
+    assert llmos.deployment("chat", waiting["id"])["state"] == "Superseded"
+    assert (aliases(llmos), wanted()) == ({"production": 2}, (2, [1, 2]))
+    assert llmos.deploy("chat", "rollback")["version"] == 1, "what was called off was never served"
+
+
+def test_withdrawing_calls_off_everything_that_waits(chat, llmos, say):
+    waiting = llmos.deploy("chat", "canary", 2, weight=10)
+    llmos.deploy("chat", "withdraw")
+    deployments.advance(say(LOADED, Place("chat.canary", 2)), WARM)
+    assert llmos.deployment("chat", waiting["id"])["state"] == "Superseded"
+    assert (aliases(llmos), deployments.intents()) == ({}, [])
+
+
+def test_what_a_reconciler_that_is_gone_had_seen_promotes_nothing(chat, llmos, say, settings):
+    serving = replace(say(LOADED, Place("chat.canary", 2)), updated_at=time.time() - 3600)
+    serving_state.write(settings, serving)
+    assert llmos.deploy("chat", "promote", 2)["state"] == "InProgress"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "FAILED"])
+def test_a_deployment_whose_job_has_ended_is_given_up(chat, llmos, say, state):
+    job = Job(kind="publish", params={}, queue="heavy", created_by="key:a", state="RUNNING")
+    db.session.add(job)
+    db.session.commit()
+    waiting = deployments.deploy("chat", "promote", ServingState, number=2, job_id=job.id)
+    deployments.advance(say("Loading", Place("chat.canary", 2)), WARM)
+    assert waiting.state == "InProgress"
+    job.state = state
+    db.session.commit()
+    deployments.advance(say(LOADED, Place("chat.canary", 2)), WARM)
+    found = llmos.deployment("chat", waiting.id)
+    assert (found["state"], found["failure"]["message"]) == ("Superseded", f"its job is {state}")
+    assert (aliases(llmos), wanted()) == ({"production": 1}, (1, [1]))
+    assert deployments.find_of_job(job.id) is None, "run again, it deploys again"
+
+
+def test_every_alias_that_is_set_or_removed_is_audited(chat, llmos, say):
+    say(LOADED, Place("chat", 1), Place("chat.canary", 2))
+    llmos.deploy("chat", "canary", 2, weight=20)
+    llmos.deploy("chat", "promote", 2)
+    llmos.deploy("chat", "withdraw")
+    rows = db.session.execute(select(AuditEvent.action, AuditEvent.object_id, AuditEvent.details, AuditEvent.actor))
+    changes = [tuple(row) for row in rows if row[0].startswith("alias.")]
+    who = changes[-1][3]
+    assert who.startswith("key:")
+    assert changes[1:] == [
+        ("alias.set", "chat@canary", {"version": 2, "weight": 20.0}, who),
+        ("alias.set", "chat@production", {"version": 2}, who),
+        ("alias.delete", "chat@canary", {}, who),
+        ("alias.delete", "chat@production", {}, who),
+    ]
+
+
 def test_canary_gets_another_weight_and_is_promoted_or_aborted(chat, llmos, say):
     say(LOADED, Place("chat", 1), Place("chat.canary", 2))
     refused(llmos, 409, "has no canary", "chat", "canary", weight=5)
@@ -152,9 +225,12 @@ def test_nothing_unproven_is_served_but_by_an_admin_with_a_reason(chat, connect,
     assert llmos.deployments("chat")[0]["reason"] == "measured by hand"
 
 
-def test_thresholds_are_a_gate(chat, llmos, say):
+def test_thresholds_are_a_gate(chat, connect, llmos, say):
     say(LOADED, Place("chat.canary", 2))
-    llmos.edit_model("chat", thresholds={"perplexity.bits_per_byte": {"max": 1.5}, "arc.acc": {"min": 0.3}})
+    with pytest.raises(ApiError, match="needs the role 'admin'"):
+        llmos.edit_model("chat", thresholds={})
+    assert llmos.edit_model("chat", description="talks")["description"] == "talks"
+    connect("admin").edit_model("chat", thresholds={"perplexity.bits_per_byte": {"max": 1.5}, "arc.acc": {"min": 0.3}})
     refused(llmos, 409, "perplexity.bits_per_byte was not measured; .*arc.acc was not measured", "chat", "promote", 2)
     measured = {"data": None, "job_id": "j", "actor": "test"}
     services.record_evaluation("chat", 2, "perplexity", {"bits_per_byte": 1.6}, **measured)
@@ -168,9 +244,12 @@ def test_thresholds_are_a_gate(chat, llmos, say):
     assert [each["metrics"] for each in llmos.evaluations("chat", 2)][-1] == {"bits_per_byte": 1.6}
 
 
-def test_the_newest_value_of_each_metric_counts_though_runs_of_a_suite_measure_different_ones(chat, llmos, say):
+def test_the_newest_value_of_each_metric_counts_though_runs_of_a_suite_measure_different_ones(
+    chat, connect, llmos, say
+):
     say(LOADED, Place("chat.canary", 2))
-    llmos.edit_model("chat", thresholds={"lm-eval.words/acc": {"min": 0.5}, "lm-eval.capitals/acc": {"min": 0.5}})
+    thresholds = {"lm-eval.words/acc": {"min": 0.5}, "lm-eval.capitals/acc": {"min": 0.5}}
+    connect("admin").edit_model("chat", thresholds=thresholds)
     for job_id, metrics in (("a", {"words/acc": 0.1}), ("b", {"words/acc": 0.9}), ("c", {"capitals/acc": 0.6})):
         services.record_evaluation("chat", 2, "lm-eval", metrics, data=None, job_id=job_id, actor="test")
     assert llmos.deploy("chat", "promote", 2)["state"] == "UpToDate"
@@ -258,7 +337,7 @@ def test_of_many_who_deploy_at_once_with_the_same_revision_one_does(settings, tm
         with app.app_context():
             together.wait()
             try:
-                deployments.deploy("chat", "promote", NOBODY, number=2, revision=1)
+                deployments.deploy("chat", "promote", ServingState, number=2, revision=1)
             except PreconditionFailed:
                 return False
             return True
@@ -285,6 +364,8 @@ def test_a_retired_version_is_not_served_and_a_served_one_not_retired(chat, llmo
     assert llmos.deployment("chat", waiting["id"])["state"] == "BlockedByFailedLoad"
     assert llmos.retire_version("chat", 2)["retired_at"] is not None
     refused(llmos, 409, "is retired", "chat", "promote", 2)
+    with pytest.raises(ApiError, match="is retired and never served again"):
+        llmos.set_alias("chat", "stable", 2)
 
 
 def test_aliases_of_ones_own_point_anywhere_and_those_of_deployments_are_moved_by_them(chat, llmos):
@@ -308,13 +389,13 @@ def test_aliases_of_ones_own_point_anywhere_and_those_of_deployments_are_moved_b
 def test_a_deployment_ends_once_whoever_advances_it(settings, tmp_path):
     """The web server and the reconciler both look, at the same time: each with a connection of its own."""
     app = create_app(replace(settings, database_url_override=f"sqlite:///{tmp_path / 'llmos.db'}"), FakeTriton({}))
-    serving = ServingState({}, True, 0.0, {Place("chat.canary", 2): ModelState(2, LOADED, 0.0)})
+    serving = ServingState({}, True, time.time(), {Place("chat.canary", 2): ModelState(2, LOADED, 0.0)})
     with app.app_context():
         db.create_all()
         for salt in "ab":
             services.register("chat", sealed(tmp_path / salt, salt))
         deployments.adopt_production("chat", 1)
-        deployments.deploy("chat", "promote", NOBODY, number=2)
+        deployments.deploy("chat", "promote", ServingState, number=2)
     together = threading.Barrier(4)
 
     def advance() -> None:

@@ -21,6 +21,7 @@ from control_plane.artifacts import artifact_store
 from control_plane.errors import ControlPlaneError, RequestTimeout, ServingError
 from control_plane.extensions import db
 from control_plane.registry import deployments, model_processes, services, serving_state
+from control_plane.registry.desired import ModelIntent
 from control_plane.registry.model_directory import ensure_installed, is_sealed
 from control_plane.registry.places import Place
 from control_plane.registry.reconciler import Reconciler
@@ -112,7 +113,9 @@ def deploy(app: Flask, settings: Settings) -> Callable[..., int]:
     def deploy(kind: str, number: int | None = None, weight: float | None = None) -> int:
         with app.app_context():
             serving = serving_state.read(settings)
-            return deployments.deploy("chat", kind, serving, number=number, weight=weight, warm=timedelta(hours=1)).id
+            return deployments.deploy(
+                "chat", kind, lambda: serving, number=number, weight=weight, warm=timedelta(hours=1)
+            ).id
 
     return deploy
 
@@ -311,6 +314,27 @@ def test_what_was_wanted_is_wanted_still_while_the_database_is_away(
     triton.models.clear()
     tick_until(lambda _: triton.orders == ["load chat [1]"] * 2)
     tick_until(is_loaded(CHAT_1))
+
+
+def test_new_reconciler_leaves_everything_until_it_has_read_what_is_wanted(
+    tick_until: Look, triton: RecordingTriton, app: Flask, monkeypatch
+) -> None:
+    tick_until(is_loaded(CHAT_1))
+    read, num_failing = deployments.intents, 5
+
+    def away() -> list[ModelIntent]:
+        nonlocal num_failing
+        num_failing -= 1
+        if num_failing >= 0:
+            raise OperationalError("SELECT", {}, Exception("connection refused"))
+        return read()
+
+    monkeypatch.setattr(deployments, "intents", away)
+    successor, orders = Reconciler(app), list(triton.orders)
+    for _ in range(10):
+        successor.tick()
+        time.sleep(0.02)
+    assert num_failing < 0 and triton.orders == orders
 
 
 def test_new_reconciler_unloads_what_its_predecessor_left_over(

@@ -49,7 +49,7 @@ def test_a_canary_began_when_its_version_became_it_not_when_its_weight_changed(a
 
         serving = serving_state.read(settings)
         for kind, weight in (("canary", 10.0), ("abort", None), ("canary", 5.0), ("canary", 50.0)):
-            deployments.deploy("chat", kind, serving, number=2 if weight else None, weight=weight)
+            deployments.deploy("chat", kind, lambda: serving, number=2 if weight else None, weight=weight)
         rows = db.session.query(Deployment).filter(Deployment.kind == "canary").order_by(Deployment.id).all()
         for hours, row in zip((3, 2, 1), rows, strict=True):
             row.finished_at -= timedelta(hours=hours)
