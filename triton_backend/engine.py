@@ -132,9 +132,27 @@ class Engine:
                     self.step()
             except Exception as error:  # a failed step must not take later requests with it
                 log.exception("step_failed")
-                self._fail_all(EngineError(f"the engine failed while computing this request: {error}"))
-                self._scheduler.forget_shared()
+                if not self._recovers(EngineError(f"the engine failed while computing this request: {error}")):
+                    self._refuse_all(EngineStopped(f"the engine cannot go on: {error}; it must be loaded again"))
+                    return
         self._fail_all(EngineStopped("the model is being unloaded; try again"))
+
+    def _recovers(self, error: EngineError) -> bool:
+        """End every request; False if not even that can be done, as after an error of the device that stays."""
+        try:
+            self._fail_all(error)
+            self._scheduler.forget_shared()
+        except Exception:
+            log.exception("engine_broken")
+            return False
+        return True
+
+    def _refuse_all(self, error: EngineError) -> None:
+        """Answer whoever is inside and whoever comes, until ``stop``; nothing of the device is touched any more."""
+        for state in self._outputs:
+            self._send_error(state, error)
+        while isinstance(message := self._inbox.get(), Submit):
+            self._send_error(message.state, error)
 
     def step(self, on_plan: Callable[[StepPlan], None] | None = None) -> None:
         """Advance every scheduled sequence by one chunk or one token."""
@@ -236,7 +254,7 @@ class Engine:
         chunk.state.scheduled_s = chunk.state.scheduled_s or time.monotonic()  # a probe starts here
         if prefix is not None:
             self._runner.copy_tokens(prefix.source, prefix.target, prefix.start, prefix.end)
-        if chunk.state.source_ids:
+        if chunk.state.source_ids and chunk.start == 0:
             self._runner.encode(lead.row, chunk.state.source_ids)
         ids = lead.prompt_ids[chunk.start : chunk.start + chunk.length]
         if chunk.state.params.prompt_logprobs is None:
@@ -313,19 +331,27 @@ class Engine:
             if isinstance(message, Stop):
                 self._is_stopping = True
             else:
-                self.accept(message.state)
+                self._take(message.state)
+
+    def _take(self, state: RequestState) -> None:
+        try:
+            self.accept(state)
+        except Exception as error:
+            if state not in self._outputs:  # whoever fails the others does not know of it
+                self._send_error(state, EngineError(f"the engine failed while it took this request: {error}"))
+            raise
 
     def accept(self, state: RequestState) -> None:
         """Queue a request, or refuse it if too many are waiting."""
-        if self._scheduler.is_full and not state.request.health_probe:
+        if self._scheduler.is_full(state):
             self._send_error(state, QueueFull(
                 f"{self._scheduler.num_waiting} requests are waiting already "
                 f"(max_queue_size = {self._config.engine.max_queue_size}); try again later"
             ))  # fmt: skip
             return
+        self._outputs[state] = RequestOutput(state, self._tokenizer, self._config.engine.stream_interval)
         self._scheduler.add(state)
         self._events.submitted(state)
-        self._outputs[state] = RequestOutput(state, self._tokenizer, self._config.engine.stream_interval)
 
     def _drop_lost_requests(self) -> None:
         """Take out requests whose client left or whose deadline passed, at whatever stage they are."""
@@ -344,7 +370,9 @@ class Engine:
                 self.abort(state, RequestCancelled("the client cancelled the request"))
 
     def abort(self, state: RequestState, error: EngineError) -> None:
-        """End a request with an error, at whatever stage it is."""
+        """End a request with an error, at whatever stage it is; nothing if it has ended."""
+        if state not in self._outputs:
+            return
         self._events.aborted(state, str(error))
         self._forget(state)
         self._metrics.request_aborted(state)

@@ -16,11 +16,15 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+import structlog
+
 from triton_backend.grammar_params import GrammarSpec
 from triton_backend.protocol import GenerateRequest
 from triton_backend.sampling_params import SamplingParams
 from triton_backend.scheduler import StepPlan
 from triton_backend.sequence import RequestState
+
+log = structlog.get_logger()
 
 
 class EventLog:
@@ -45,8 +49,13 @@ class EventLog:
         self._step += 1
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             print(json.dumps({"step": self._step, "event": event, **fields}), file=self._stream, flush=True)
+        except OSError as error:  # a full disk must not stop the engine
+            log.warning("event_log_ended", step=self._step, reason=str(error))
+            self._stream = None
 
 
 def plan_json(plan: StepPlan) -> dict[str, Any]:

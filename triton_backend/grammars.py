@@ -97,7 +97,10 @@ class GrammarCompiler:
     def compile(self, spec: GrammarSpec) -> GrammarState:
         """The beginning of a grammar; raises InvalidRequest that says what is wrong with it."""
         with self._lock:
-            matcher = self._compiled.pop(spec, None) or self._new_matcher(spec)
+            matcher = self._compiled.pop(spec, None)
+        # Others need not wait for a hard one.
+        matcher = matcher or self._new_matcher(spec)
+        with self._lock:
             self._compiled[spec] = matcher
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
@@ -119,18 +122,22 @@ class GrammarCompiler:
         return matcher
 
     def _tokens(self) -> LLTokenizer:
-        if self._ll_tokenizer is None:
-            config = self._config
-            num_tokens = max(config.vocab_size, self._tokenizer.vocab_size)
-            try:
-                self._ll_tokenizer = LLTokenizer(
-                    self._tokenizer.to_json(), n_vocab=num_tokens, eos_token=list(config.eos_token_ids) or None
-                )
-            except Exception as error:  # the library raises plain exceptions
-                raise InvalidRequest(
-                    f"this model's tokenizer cannot be used for structured output ({error}); leave the grammar out"
-                ) from None
-        return self._ll_tokenizer
+        with self._lock:
+            if self._ll_tokenizer is None:
+                self._ll_tokenizer = self._new_tokenizer()
+            return self._ll_tokenizer
+
+    def _new_tokenizer(self) -> LLTokenizer:
+        config = self._config
+        num_tokens = max(config.vocab_size, self._tokenizer.vocab_size)
+        try:
+            return LLTokenizer(
+                self._tokenizer.to_json(), n_vocab=num_tokens, eos_token=list(config.eos_token_ids) or None
+            )
+        except Exception as error:  # the library raises plain exceptions
+            raise InvalidRequest(
+                f"this model's tokenizer cannot be used for structured output ({error}); leave the grammar out"
+            ) from None
 
 
 def on_deep_stack(build: Callable[[], LLMatcher]) -> LLMatcher:

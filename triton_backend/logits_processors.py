@@ -8,7 +8,7 @@ are OpenAI's, over the output only. A sequence that needs none of them never tou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,7 +90,7 @@ class LogitsProcessors:
         if (known := self._tensors.get(sequence.state)) is not None:
             return known
         params = sequence.params
-        biases = {i: bias for i, bias in params.logit_bias if i < self._config.vocab_size}
+        biases = dict(params.logit_bias)
         ends = params.stop_token_ids + (() if params.ignore_eos else self._config.eos_token_ids)
 
         def ids(token_ids: Iterable[int]) -> torch.Tensor:
@@ -162,7 +162,8 @@ def _repeated_ngrams(tokens: np.ndarray, size: int) -> list[int]:
     return np.unique(tokens[size - 1 :][is_match]).tolist()
 
 
-def _bad_words(tokens: np.ndarray, sequences: Iterable[tuple[int, ...]]) -> list[int]:
+def _bad_words(tokens: np.ndarray, sequences: Collection[tuple[int, ...]]) -> list[int]:
     """Last tokens of the forbidden ``sequences`` whose other tokens are there."""
-    end = tuple(tokens[-256:].tolist())
+    longest = max(map(len, sequences), default=0)
+    end = tuple(tokens[max(0, len(tokens) - longest) :].tolist())
     return [ids[-1] for ids in sequences if len(ids) == 1 or end[-(len(ids) - 1) :] == ids[:-1]]

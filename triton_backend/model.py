@@ -12,6 +12,9 @@ import dataclasses
 import json
 import queue
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,10 @@ from triton_backend.sequence import ResponseSink
 
 log = structlog.get_logger()
 
+NUM_SLOW_INTAKES = 2
+QUICK_CHARS = 50_000
+"""A longer text takes 10 ms and more to be tokenized, a grammar up to seconds to be compiled: others do not wait."""
+
 _NUMPY_TYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_UINT32": np.uint32, "TYPE_FP32": np.float32}
 _OUTPUT_TYPES = {spec.name: _NUMPY_TYPES[spec.data_type] for spec in OUTPUTS}
 
@@ -38,23 +45,26 @@ class TritonPythonModel:
         self._metrics = TritonMetrics(json.loads(args["model_config"])["name"], args["model_version"])
         self._engine, self._config = load_engine(folder, self._metrics)
         self._responder = Responder()
+        self._slow_intake = ThreadPoolExecutor(NUM_SLOW_INTAKES, "intake")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sink = TritonSink(request, self._responder)
-            try:
-                sink.request = self._parse(request)
-                self._engine.submit(sink.request, sink)
-            except EngineError as error:
-                sink.send(GenerateResponse(request.request_id(), finished=True, error=str(error)))
-            except Exception:
-                log.exception("request_failed")
-                message = str(EngineError("the request could not be read; see the log of the Triton server"))
-                sink.send(GenerateResponse(request.request_id(), finished=True, error=message))
+            with _errors_to(sink, request.request_id()):
+                parsed = sink.request = self._parse(request)
+                if parsed.params.grammar is not None or len(parsed.text or "") > QUICK_CHARS:
+                    self._slow_intake.submit(self._submit, parsed, sink)
+                else:
+                    self._engine.submit(parsed, sink)
 
     def finalize(self) -> None:
+        self._slow_intake.shutdown()
         self._engine.stop()
         self._responder.stop()
+
+    def _submit(self, request: GenerateRequest, sink: TritonSink) -> None:
+        with _errors_to(sink, request.request_id):
+            self._engine.submit(request, sink)
 
     def _parse(self, request: Any) -> GenerateRequest:
         tensors = {}
@@ -68,6 +78,19 @@ class TritonPythonModel:
         if model.kind == "encoder_decoder":  # a source text is not the beginning of its answer
             parsed = dataclasses.replace(parsed, exclude_input_in_output=True)
         return parsed
+
+
+@contextmanager
+def _errors_to(sink: ResponseSink, request_id: str) -> Iterator[None]:
+    """A request that cannot be taken is answered with the reason, always."""
+    try:
+        yield
+    except EngineError as error:
+        sink.send(GenerateResponse(request_id, finished=True, error=str(error)))
+    except Exception:
+        log.exception("request_failed")
+        message = str(EngineError("the request could not be read; see the log of the Triton server"))
+        sink.send(GenerateResponse(request_id, finished=True, error=message))
 
 
 class TritonSink(ResponseSink):

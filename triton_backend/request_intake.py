@@ -7,6 +7,7 @@ What can never succeed is refused with InvalidRequest.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from triton_backend.adapter_manager import AdapterRef
 from triton_backend.adapter_store import AdapterStore
@@ -98,6 +99,8 @@ class RequestIntake:
 
     def _check_prompt(self, request: GenerateRequest, prompt_ids: tuple[int, ...]) -> None:
         params, limit, num_rows = request.params, self._engine.max_model_len, self._engine.max_num_seqs
+        _check_ids("allowed_token_ids", params.allowed_token_ids or (), self._model.vocab_size)
+        _check_ids("logit_bias", (token_id for token_id, _ in params.logit_bias), self._model.vocab_size)
         if params.decoder_input_ids and self._model.kind != "encoder_decoder":
             raise InvalidRequest("decoder_input_ids is given, but this model has no encoder; put them into the prompt")
         _check_ids("decoder_input_ids", params.decoder_input_ids, self._model.vocab_size)
@@ -153,7 +156,7 @@ class RequestIntake:
         return min(request.params.max_tokens, self._engine.max_model_len - len(prompt_ids))
 
 
-def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
     bad = next((i for i in ids if not 0 <= i < vocab_size), None)
     if bad is not None:
         raise InvalidRequest(f"{name} has value {bad}; expected token ids from 0 to {vocab_size - 1}")

@@ -94,7 +94,12 @@ class SamplingParams:
             _refuse_unsupported(name, value)
             field_name = ALIASES.get(name, name)
             if field_name in FIELDS and value is not None:
-                given[field_name] = FIELDS[field_name].parse(name, value)
+                parsed = FIELDS[field_name].parse(name, value)
+                if given.setdefault(field_name, parsed) != parsed:
+                    raise InvalidRequest(
+                        f"{name} has value {shown(value)}, but it is {field_name}, which is given as "
+                        f"{shown(given[field_name])}; give one of them"
+                    )
         given["beam_width"] = _beam_width(given, values, defaults or {})
         given["grammar"] = grammar_from(values)
         params = cls(**{**(defaults or {}), **given})

@@ -4,8 +4,8 @@ Lower ``priority`` first, then first come, first served. Every step decodes all 
 spends what is left of the token budget on prompts, so that a long prompt is cut into chunks and cannot stall the
 streams. The source text of an encoder–decoder counts like a prompt but cannot be cut; one that is longer than the
 budget has a step's budget to itself. A request starts when rows for all its sequences are free or can be taken from
-requests of less priority, which are copied out and later copied back. Nobody starves: who was overtaken
-``MAX_OVERTAKEN`` times is next and is not preempted.
+requests of less priority, which are copied out and later copied back; no more rows are out than the cache has. Nobody
+starves: who was overtaken ``MAX_OVERTAKEN`` times, be it with a prompt half computed, is next and is not preempted.
 Standard library only, no tensors, no clock; owned by the engine thread.
 
     waiting ──start──► prefilling ──last chunk──► running ──stop, length, error──► gone
@@ -25,6 +25,8 @@ from triton_backend.config import EngineConfig
 from triton_backend.sequence import RequestState, Sequence
 
 MAX_OVERTAKEN = 64
+MAX_PROBES = 16
+"""Probes that wait for the row that is kept for them."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._prefilling or self._running or self._probes)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._waiting) >= self._config.max_queue_size
+    def is_full(self, state: RequestState) -> bool:
+        """Whether there is no place for ``state``: neither in a row nor in the queue behind the rows."""
+        if state.request.health_probe:
+            return len(self._probes) >= MAX_PROBES
+        return len(self._waiting) >= self._config.max_queue_size + self._cache.num_free
 
     def states(self) -> Iterator[RequestState]:
         yield from (*self._probes, *self._running, *self._prefilling, *self._waiting)
@@ -209,6 +213,8 @@ class Scheduler:
     def _make_room(self, state: RequestState, plan: StepPlan) -> bool:
         """Free enough rows for ``state``, if need be by preempting; False, with nothing changed, if that cannot be."""
         missing = _num_rows(state) - self._cache.num_free
+        are_out = [other for other in self._waiting if other.num_preemptions and other is not state]
+        room = self._config.max_num_seqs - sum(map(_num_rows, are_out))
         victims = []
         for other in sorted((*self._running, *self._prefilling), key=_urgency, reverse=True):
             if missing <= 0:
@@ -216,7 +222,8 @@ class Scheduler:
             if other.params.priority > state.params.priority and not _is_starving(other):
                 victims.append(other)
                 missing -= _num_rows(other)
-        if missing > 0:
+                room -= _num_rows(other)
+        if missing > 0 or (victims and room < 0):
             return False
         for victim in victims:
             self._preempt(victim, plan)
@@ -267,6 +274,9 @@ class Scheduler:
                 break
             chunks.append(chunk)
             budget -= len(state.source_ids) + chunk.length
+        served = {chunk.state for chunk in chunks}
+        for state in self._prefilling:
+            state.num_overtaken += state not in served and any(state.arrival < other.arrival for other in served)
         return tuple(chunks)
 
     def _next_chunk(self, state: RequestState, budget: int, is_first: bool) -> PrefillChunk | None:

@@ -2,7 +2,9 @@
 
 Only for a greedy sequence that runs alone: with several rows a decode step is used well already, and a row is verified
 in a run of its own. Verified positions take the attention's prefill path, whose last bits differ from the decode
-path's; a choice that such a difference could turn is left to the decode path, so greedy output never changes.
+path's; a choice that such a difference could turn is left to the decode path. The keys and values of what was accepted
+keep their last bits, which is why drafts need ``deterministic`` false: a later choice between two tokens that are
+equal but for such bits may be the other one.
 Owned by the engine thread.
 """
 

@@ -108,12 +108,17 @@ def _draw_typical(row: torch.Tensor, params: SamplingParams, rng: Random) -> int
     head = Head.of(row, width)
     weights = _weights(head, params)
     kept = _cut(weights, float(weights.sum()), params)
-    probs = kept / kept.sum()
+    chosen = _typical(kept, params)
+    return int(head.ids[chosen][_pick(kept[chosen], rng)])
+
+
+def _typical(weights: np.ndarray, params: SamplingParams, min_kept: int = 1) -> np.ndarray:
+    """Places in ``weights`` of the tokens that typical-p keeps, in order."""
+    probs = weights / weights.sum()
     surprise = -np.log(np.maximum(probs, 1e-300))
     order = np.argsort(np.abs(surprise - float((probs * surprise).sum())), kind="stable")
     num_kept = int((np.cumsum(probs[order]) < params.typical_p).sum()) + 1
-    chosen = np.sort(order[:num_kept])
-    return int(head.ids[chosen][_pick(probs[chosen], rng)])
+    return np.sort(order[: max(num_kept, min_kept)])
 
 
 def log_normalizer(row: torch.Tensor, largest_id: int) -> float:
@@ -156,6 +161,7 @@ def kept_by_warpers(row: torch.Tensor, params: SamplingParams, min_kept: int) ->
     width = max(params.top_k, min_kept) if params.top_k > 0 else len(row)
     head = Head.of(row, width)
     weights = _weights(head, params)
-    num_kept = len(_cut(weights, float(weights.sum()), params, min_kept))
-    is_possible = np.isfinite(head.logits[:num_kept])
-    return head.logits[:num_kept][is_possible] / params.temperature, head.ids[:num_kept][is_possible]
+    weights = _cut(weights, float(weights.sum()), params, min_kept)
+    kept = _typical(weights, params, min_kept) if params.typical_p < 1.0 else np.arange(len(weights))
+    kept = kept[np.isfinite(head.logits[kept])]
+    return head.logits[kept] / params.temperature, head.ids[kept]

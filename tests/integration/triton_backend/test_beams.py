@@ -80,11 +80,15 @@ def test_length_penalty_equals_generate(client, beams_of, length_penalty):
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
         ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
         ({"min_tokens": 12}, {"min_new_tokens": 12}),
+        ({"bad_words": ["e", "o", "for"]}, {}),
         ({"logit_bias": {5: 3.0, 9: -4.0}}, {"sequence_bias": {(5,): 3.0, (9,): -4.0}}),
     ],
-    ids=["repetition_penalty", "no_repeat_ngram_size", "min_tokens", "logit_bias"],
+    ids=["repetition_penalty", "no_repeat_ngram_size", "min_tokens", "bad_words", "logit_bias"],
 )
 def test_processors_within_beams_equal_generate(client, beams_of, params, options):
+    if "bad_words" in params:
+        encode = client.tokenizer.encode
+        options = {"bad_words_ids": [encode(start + word) for word in params["bad_words"] for start in ("", " ")]}
     for seed in range(3):
         prompt_ids = random_prompt(seed, 9)
         expected = beams_of(prompt_ids, 4, 25, num_return_sequences=4, **options)

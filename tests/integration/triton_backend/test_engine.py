@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import threading
 import time
 
@@ -46,6 +47,23 @@ def test_penalised_greedy_equals_generate(client, original, options):
     for seed in range(4):
         prompt_ids = random_prompt(seed, 9)
         assert client.ids(prompt_ids, max_tokens=30, **options) == original(prompt_ids, 30, **options)
+
+
+def test_words_and_ngrams_that_are_forbidden_are_those_of_generate(client, original):
+    for seed in range(4):
+        prompt_ids = random_prompt(seed, 9)
+        first = original(prompt_ids, 12)
+        words = [client.tokenizer.decode([token_id]) for token_id in first[3:5]]
+        ids = [client.tokenizer.encode(prefix + word) for word in words for prefix in ("", " ")]
+        options = {"no_repeat_ngram_size": 2, "bad_words_ids": ids}
+        expected = original(prompt_ids, 30, **options)
+        found = client.ids(prompt_ids, max_tokens=30, no_repeat_ngram_size=2, bad_words=words)
+        assert found == expected and expected[:12] != first
+
+
+def test_a_prompt_of_special_tokens_only_is_a_prompt(client, original):
+    for prompt, ids in (("<|endoftext|>", [0]), ("<|endoftext|>" * 7, [0] * 7)):
+        assert client.ids(prompt, max_tokens=10, min_tokens=5) == original(ids, 10, min_new_tokens=5)
 
 
 def test_min_tokens_equals_generate(client, original):
@@ -216,6 +234,8 @@ def test_generation_ends_with_length_at_the_models_context(client):
         ([10**6], {}, "input_ids has value 1000000; expected token ids from 0 to "),
         ([-1], {}, "input_ids has value -1"),
         ("x", {"n": 9}, "n has value 9; this model runs at most 8 sequences"),
+        ("x", {"allowed_token_ids": [5, 10**6]}, "allowed_token_ids has value 1000000; expected token ids from 0 to "),
+        ("x", {"logit_bias": {"999999": 1.0}}, "logit_bias has value 999999; expected token ids from 0 to "),
     ],
 )
 def test_a_request_that_can_never_succeed_is_refused_at_once(client, prompt, params, said):
@@ -258,7 +278,7 @@ def test_a_full_queue_refuses_at_once_and_everyone_accepted_finishes(client, ver
     answers = [client.submit("The", max_tokens=30, ignore_eos=True) for _ in range(8 + 256 + 50)]
     errors = [answer.last().error for answer in answers]
     refused = [error for error in errors if error is not None]
-    assert refused and all(error.startswith("UNAVAILABLE: 256 requests are waiting already") for error in refused)
+    assert refused and all(re.match(r"UNAVAILABLE: 2\d\d requests are waiting already", error) for error in refused)
     assert errors.count(None) >= 256
 
 
@@ -299,6 +319,35 @@ def test_an_engine_that_is_stopped_while_a_step_fails_stops(version, checkpoint,
     stopping.join(10)
     assert not stopping.is_alive()
     assert "no memory" in answer.last().error
+
+
+def test_an_engine_that_cannot_even_free_rows_answers_everybody_and_whoever_comes(version, monkeypatch):
+    """As after an error of the device that stays."""
+    engine, _ = load_engine(version)
+    client = Client(engine, None)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("device lost")
+
+    for name in ("decode", "free_row"):
+        monkeypatch.setattr(engine._runner, name, broken)
+    answers = [client.submit([5, i], max_tokens=9, ignore_eos=True) for i in range(20)]
+    answers.append(client.submit([9], max_tokens=1))
+    for answer in answers:
+        error = answer.last().error
+        assert error == "UNAVAILABLE: the engine cannot go on: device lost; it must be loaded again", error
+    engine.stop()
+
+
+def test_a_request_that_cannot_be_taken_is_answered(client, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("triton_backend.engine.RequestOutput", broken)
+        error = client.ask("The", max_tokens=3).error
+    assert error == "INTERNAL: the engine failed while it took this request: no memory"
+    assert client.ask("The", max_tokens=3).error is None
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(client, monkeypatch):

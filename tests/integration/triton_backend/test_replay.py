@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -47,6 +48,30 @@ def test_every_plan_is_made_again(log, version):
     assert difference is None
     assert num_steps == sum('"planned"' in line for line in log.read_text().splitlines()) > 20
     assert not engine._scheduler.has_work
+
+
+def test_what_a_step_ended_by_itself_is_not_ended_again(version, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "triton_backend.engine._grammar_error", lambda state: "too hard" if len(state.lead.output_ids) > 3 else None
+    )
+    path = tmp_path / "events.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        engine, _ = load_engine(version, events=EventLog(stream))
+        client = Client(engine, AutoTokenizer.from_pretrained(checkpoint))
+        assert client.ask([5, 6], max_tokens=9, ignore_eos=True).error == "INVALID_ARG: too hard"
+        engine.stop()
+    engine, _ = load_engine(version, is_started=False)
+    assert replay(engine, path) == (4, None)
+
+
+def test_a_log_on_a_full_disk_ends_and_the_engine_goes_on(version, checkpoint):
+    with open("/dev/full", "w", encoding="utf-8") as stream:
+        engine, _ = load_engine(version, events=EventLog(stream))
+        client = Client(engine, AutoTokenizer.from_pretrained(checkpoint))
+        assert client.ask([5, 6], max_tokens=9, ignore_eos=True).error is None
+        engine.stop()
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def test_the_first_difference_is_named(log, version):

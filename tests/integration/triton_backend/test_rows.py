@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +14,11 @@ from transformers import AutoTokenizer
 from triton_backend.config import VersionConfig
 from triton_backend.loading import load_engine
 from triton_backend.model_runner import ModelRunner
+from triton_backend.protocol import GenerateRequest
+from triton_backend.sampling_params import SamplingParams
 from triton_backend.speculator import Speculator
 
-from .conftest import Client
+from .conftest import Answer, Client
 
 pytestmark = [pytest.mark.integration, pytest.mark.exact]
 
@@ -26,11 +27,11 @@ def prompt_of(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(1, 400), k=length)
 
 
-def engine_with(version, folder, **settings):
+def engine_with(version, folder, is_started=True, **settings):
     shutil.copytree(version, folder)
     config = VersionConfig.read(version)
     VersionConfig(config.model, dataclasses.replace(config.engine, **settings)).write(folder)
-    engine, _ = load_engine(folder, is_sealed=False)
+    engine, _ = load_engine(folder, is_sealed=False, is_started=is_started)
     return engine
 
 
@@ -39,13 +40,14 @@ def client_with(version, checkpoint, tmp_path):
     """A client of an engine with other settings than the usual one."""
     engines = []
 
-    def make(**settings) -> Client:
-        engines.append(engine_with(version, tmp_path / str(len(engines)), **settings))
+    def make(is_started: bool = True, **settings) -> Client:
+        engines.append(engine_with(version, tmp_path / str(len(engines)), is_started, **settings))
         return Client(engines[-1], AutoTokenizer.from_pretrained(checkpoint))
 
     yield make
     for engine in engines:
-        engine.stop()
+        if engine._thread.is_alive():
+            engine.stop()
 
 
 SYSTEM = prompt_of(1000, 90)
@@ -110,23 +112,33 @@ def test_a_preempted_request_goes_on_with_the_same_bits(client_with, options):
 
 
 def test_urgent_requests_go_first_and_the_patient_ones_are_served_in_the_end(client_with):
-    client = client_with(max_num_seqs=1, max_num_batched_tokens=40)
-    order = []
-    answers = {}
-    client.submit([5], max_tokens=100, ignore_eos=True, priority=9)
+    client = client_with(is_started=False, max_num_seqs=1, max_num_batched_tokens=40)
+    engine, order = client.engine, []
+
+    class Noting(Answer):
+        def __init__(self, priority):
+            super().__init__()
+            self.priority = priority
+
+        def send(self, response):
+            super().send(response)
+            order.append(self.priority)
+
+    def arrive(priority, max_tokens):
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, priority=priority)
+        answer = Noting(priority)
+        engine.accept(engine.prepare(GenerateRequest("r", params, input_ids=(5, 6)), answer))
+        return answer
+
+    first = arrive(9, 40)
+    for _ in range(3):
+        engine.step()
     for priority in (3, 1, 2, 1):
-        answers[client.submit([5, 6], max_tokens=2, priority=priority)] = priority
-
-    def wait(answer, priority):
-        answer.last()
-        order.append(priority)
-
-    threads = [threading.Thread(target=wait, args=item) for item in answers.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert order[:2] == [1, 1] or sorted(order) == [1, 1, 2, 3]
+        arrive(priority, 2)
+    while engine._scheduler.has_work:
+        engine.step()
+    assert order == [1, 1, 2, 3, 9]
+    assert first.last().metrics["preemptions"] == 1
 
 
 def test_drafted_tokens_never_change_a_greedy_answer(client_with, client):

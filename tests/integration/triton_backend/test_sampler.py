@@ -28,7 +28,7 @@ from triton_backend.sampler import Sampler
 from triton_backend.sampling_params import SamplingParams
 from triton_backend.sequence import RequestState, SampledToken, Sequence
 from triton_backend.token_history import TokenHistory
-from triton_backend.warpers import Head, draw
+from triton_backend.warpers import Head, draw, kept_by_warpers
 
 pytestmark = pytest.mark.integration
 
@@ -55,17 +55,17 @@ def sequence(prompt_ids=(1,), output_ids=(), **params) -> Sequence:
     return one
 
 
-def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def warped(logits: torch.Tensor, params: SamplingParams, min_kept: int = 1) -> torch.Tensor:
     """Hugging Face's probabilities (V)."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
     if params.top_k > 0:
-        warpers.append(TopKLogitsWarper(params.top_k))
+        warpers.append(TopKLogitsWarper(params.top_k, min_tokens_to_keep=min_kept))
     if params.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(params.top_p))
+        warpers.append(TopPLogitsWarper(params.top_p, min_tokens_to_keep=min_kept))
     if params.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(params.min_p))
+        warpers.append(MinPLogitsWarper(params.min_p, min_tokens_to_keep=min_kept))
     if params.typical_p < 1.0:
-        warpers.append(TypicalLogitsWarper(params.typical_p))
+        warpers.append(TypicalLogitsWarper(params.typical_p, min_tokens_to_keep=min_kept))
     return torch.softmax(warpers(torch.zeros((1, 1), dtype=torch.long), logits[None]), dim=-1)[0]
 
 
@@ -105,6 +105,16 @@ def test_draws_follow_hugging_faces_distribution(params):
     # The mean absolute deviation of a binomial count says how far an honest sample of this size strays in sum.
     honest = torch.sqrt(2 * expected * (1 - expected) / (torch.pi * num_draws)).sum()
     assert (counts / num_draws - expected).abs().sum() < 1.3 * honest + 1.5 / num_draws**0.5
+
+
+@pytest.mark.parametrize("params", [each for each in DISTRIBUTIONS if each.get("top_p") != 0.0], ids=str)
+def test_beams_draw_of_the_tokens_that_hugging_face_keeps(params):
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(4)) * 2
+    expected = warped(logits, SamplingParams(**params), min_kept=2)
+    scores, ids = kept_by_warpers(logits, SamplingParams(**params), min_kept=2)
+    assert sorted(ids) == expected.nonzero()[:, 0].tolist()
+    found = torch.softmax(torch.from_numpy(scores), dim=0)
+    assert torch.allclose(found, expected[torch.from_numpy(ids)], atol=1e-6)
 
 
 class _Always:

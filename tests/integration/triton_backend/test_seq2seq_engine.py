@@ -233,6 +233,18 @@ def test_tokens_that_the_model_forces_are_no_part_of_a_grammar(client, options):
     assert (response.outputs[0].token_ids[-1], response.outputs[0].finish_reason) == (EOS_ID, "length")
 
 
+@pytest.mark.parametrize("options", [{}, {"beam_width": 2, "n": 2}], ids=["greedy", "beams"])
+def test_a_request_that_is_preempted_keeps_its_source_and_goes_on_with_the_same_bits(client, options):
+    patient = {"max_tokens": 50, "ignore_eos": True, "priority": 5, **options}
+    expected = [client.ask(source_of(i, 20 + i), **patient).outputs for i in range(4)]
+    answers = [client.submit(source_of(i, 20 + i), **patient) for i in range(4)]
+    for _ in range(5):
+        assert client.ask(source_of(9, 5), n=8, max_tokens=3, temperature=1.0, priority=0).error is None
+    responses = [answer.last() for answer in answers]
+    assert [response.outputs for response in responses] == expected
+    assert sum(response.metrics["preemptions"] for response in responses) > 0
+
+
 def test_sixteen_at_once_get_the_bits_that_each_gets_alone(client, model):
     sources = [source_of(i, 1 + i * 3) for i in range(16)]
     options = [

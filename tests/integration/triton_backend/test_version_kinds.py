@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+from exporters import ExportConfig, export
 from triton_backend.config import VersionConfig
 from triton_backend.errors import InvalidRequest, VersionFolderError
 from triton_backend.loading import load_engine
@@ -68,6 +70,38 @@ def serves_the_same_alone_and_in_a_crowd(folder, tokenizer) -> list[list[int]]:
         return [list(outputs[0].token_ids) for outputs in together[::2]]
     finally:
         engine.stop()
+
+
+@pytest.mark.exact
+def test_weights_of_eight_bits_give_the_same_bits_beside_31_others_after_preemption_and_with_shared_prefixes(
+    checkpoint, tokenizer, tmp_path
+):
+    folder = tmp_path / "1"
+    export(ExportConfig(str(checkpoint), folder, precision="int8", max_num_seqs=32), certify=False)
+    shared = prompt_of(99, 70)
+    prompts = [shared[: 70 * (i % 3 > 0)] + prompt_of(i, 1 + 3 * i) for i in range(32)]
+    kinds = [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "n": 2}, {"beam_width": 3, "n": 3}]
+    common = {"max_tokens": 40, "ignore_eos": True, "priority": 5, "seed": 4}
+    outputs = {}
+    for is_caching in (False, True):
+        config = VersionConfig.read(folder)
+        settings = dataclasses.replace(config.engine, enable_prefix_caching=is_caching, max_num_batched_tokens=64)
+        VersionConfig(config.model, settings).write(folder)
+        engine, _ = load_engine(folder, is_sealed=False)
+        client = Client(engine, tokenizer)
+        try:
+            answers = [client.submit(prompt, **common, **kinds[i % 4]) for i, prompt in enumerate(prompts)]
+            for _ in range(5):
+                client.ask(prompt_of(7, 9), n=20, max_tokens=2, temperature=1.0, priority=0)
+            crowd = [answer.last() for answer in answers]
+            alone = [client.ask(prompt, **common, **kinds[i % 4]) for i, prompt in enumerate(prompts)]
+        finally:
+            engine.stop()
+        assert sum(response.metrics["preemptions"] for response in crowd) > 0
+        assert any(response.metrics["cached_tokens"] for response in alone) == is_caching
+        outputs[is_caching] = [response.outputs for response in crowd]
+        assert outputs[is_caching] == [response.outputs for response in alone]
+    assert outputs[True] == outputs[False]
 
 
 def test_a_cache_of_half_precision_gives_the_same_tokens_alone_and_in_a_crowd(half, model, tokenizer):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from triton_backend.adapter_manager import AdapterRef
 from triton_backend.config import EngineConfig
-from triton_backend.scheduler import MAX_OVERTAKEN
+from triton_backend.scheduler import MAX_OVERTAKEN, MAX_PROBES
 from triton_backend.sequence import FinishReason
 
 from .rows_in_words import DrivenScheduler, request
@@ -118,7 +118,7 @@ def test_a_probe_runs_at_once_in_its_own_row_while_everything_is_full():
     run(scheduler, scheduler.schedule())
     for _ in range(3):
         scheduler.add(request(3))
-    assert scheduler.is_full
+    assert scheduler.is_full(request(3)) and not scheduler.is_full(request(1, probe=True))
     scheduler.add(probe := request(1, probe=True))
     plan = scheduler.schedule()
     assert [chunk.state for chunk in plan.prefills] == [probe]
@@ -127,6 +127,57 @@ def test_a_probe_runs_at_once_in_its_own_row_while_everything_is_full():
     run(scheduler, plan)
     finish(scheduler, probe)
     scheduler.check_integrity()
+
+
+def test_probes_are_bounded_too():
+    scheduler = DrivenScheduler(config())
+    for _ in range(MAX_PROBES):
+        scheduler.add(request(1, probe=True))
+    assert scheduler.is_full(request(1, probe=True))
+    for _ in range(MAX_PROBES):
+        plan = scheduler.schedule()
+        run(scheduler, plan)
+        finish(scheduler, plan.prefills[0].state)
+    assert not scheduler.has_work
+
+
+def test_requests_that_arrive_together_fill_the_free_rows_and_then_the_queue():
+    scheduler, num_taken = DrivenScheduler(config(max_num_seqs=4, max_queue_size=3)), 0
+    while not scheduler.is_full(state := request(3)):
+        scheduler.add(state)
+        num_taken += 1
+    assert num_taken == 7
+    run(scheduler, scheduler.schedule())
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.is_full(request(3))) == (4, 3, True)
+
+
+def test_a_prompt_that_is_half_computed_does_not_starve_behind_urgent_ones():
+    scheduler = DrivenScheduler(config(max_num_seqs=8, max_num_batched_tokens=16))
+    scheduler.add(patient := request(40, priority=5))
+    run(scheduler, scheduler.schedule())
+    assert patient.has_started
+    for num_steps in range(40 * MAX_OVERTAKEN):
+        # Urgent prompts that take the whole budget of every step, without end.
+        while scheduler.num_running + scheduler.num_waiting < 8:
+            scheduler.add(request(16, priority=0))
+        plan = scheduler.schedule()
+        run(scheduler, plan)
+        for state in {sequence.state for sequence in plan.decodes} - {patient}:
+            finish(scheduler, state)
+        if patient.lead.output_ids:
+            break
+    assert patient.lead.output_ids, f"not in {num_steps} steps"
+
+
+def test_no_more_rows_are_taken_out_than_the_cache_has():
+    scheduler = DrivenScheduler(config(max_num_seqs=2, max_num_batched_tokens=64, max_queue_size=99))
+    num_out = []
+    for urgency in range(5):
+        for _ in range(2):
+            scheduler.add(request(3, priority=-urgency))
+        run(scheduler, scheduler.schedule())
+        num_out.append(sum(state.num_preemptions > 0 for state in scheduler.states() if state.lead.row < 0))
+    assert num_out == [0, 2, 2, 2, 2]
 
 
 def test_sources_share_a_step_only_as_far_as_its_budget_goes():
@@ -273,7 +324,7 @@ def test_any_schedule_keeps_rows_and_requests_whole_and_computes_every_token_aft
     rows = scheduler.rows
 
     def add(state):
-        if not scheduler.is_full:
+        if not scheduler.is_full(state):
             alive.append(state)
             scheduler.add(state)
 
