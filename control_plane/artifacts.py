@@ -65,11 +65,12 @@ class ArtifactStore:
         self._root = root.rstrip("/")
         self._is_local = isinstance(filesystem, LocalFileSystem)
 
-    def put(self, folder: Path, *, is_signed: bool = True) -> str:
+    def put(self, folder: Path, *, is_signed: bool = True, check: Callable[[], None] = lambda: None) -> str:
         """Store a sealed folder, sign it with the key, if any and ``is_signed``, and return its digest.
 
-        One that is there already is kept if it is whole, and replaced if it is damaged. Raises ArtifactError,
-        SigningError.
+        One that is there already is kept if it is whole, and replaced if it is damaged. ``check`` is called every few
+        MiB on a disk, before every file elsewhere; what it raises ends it, and what is half-made is no artifact.
+        Raises ArtifactError, SigningError.
         """
         needed_bytes = 0
         try:
@@ -78,16 +79,16 @@ class ArtifactStore:
             needed_bytes = _size(manifest)
             signature = self._signature_of(folder, found) if is_signed else {}
             with self._only_writer():
-                if not self._is_whole(found):
+                if not self._is_whole(found, check):
                     self._remove(found)
-                    self._write(folder, [*manifest["files"], MANIFEST_JSON], found)
+                    self._write(folder, [*manifest["files"], MANIFEST_JSON], found, check)
                 for path, content in signature.items():
                     self._write_file(path, content)
             return found
         except VersionFolderError as error:
             raise ArtifactError(error.args[0]) from error
         except OSError as error:
-            why = _explain(error, Path(self._root) if self._is_local else None, needed_bytes)
+            why = durable_folders.explain(error, Path(self._root) if self._is_local else None, needed_bytes)
             raise ArtifactError(f"cannot store {folder} in {self._url}: {why}") from error
 
     def get(self, wanted: str, target: Path) -> None:
@@ -118,7 +119,7 @@ class ArtifactStore:
             raise ArtifactError(f"artifact {wanted} in {self._url} is damaged: {error.args[0]}") from error
         except OSError as error:
             shutil.rmtree(staged, ignore_errors=True)
-            why = _explain(error, target.parent, needed_bytes)
+            why = durable_folders.explain(error, target.parent, needed_bytes)
             raise ArtifactError(f"cannot copy artifact {wanted} to {target}: {why}") from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -207,33 +208,35 @@ class ArtifactStore:
         if self._files.exists(self._path(wanted)):
             self._files.rm(self._path(wanted), recursive=True)
 
-    def _write(self, folder: Path, names: Iterable[str], wanted: str) -> None:
+    def _write(self, folder: Path, names: Iterable[str], wanted: str, check: Callable[[], None]) -> None:
         """``names`` ends with the manifest."""
         if self._is_local:
-            durable_folders.copy_folder(folder, list(names), Path(self._path(wanted)))
+            durable_folders.copy_folder(folder, list(names), Path(self._path(wanted)), check)
             return
         for name in names:
+            check()
             target = self._path(wanted, name)
             self._files.makedirs(os.path.dirname(target), exist_ok=True)
             self._files.put_file(str(folder / name), target)
 
-    def _is_whole(self, wanted: str) -> bool:
+    def _is_whole(self, wanted: str, check: Callable[[], None]) -> bool:
         """Whether every byte of an artifact is there and right."""
         if not self.has(wanted):
             return False
         root = self._path(wanted)
-        if self._sha256(f"{root}/{MANIFEST_JSON}") != wanted:
+        if self._sha256(f"{root}/{MANIFEST_JSON}", check) != wanted:
             return False
         listed = json.loads(self._files.cat_file(f"{root}/{MANIFEST_JSON}"))["files"]
         names = {path.removeprefix(f"{root}/") for path in self._files.find(root)}
         return names == {*listed, MANIFEST_JSON} and all(
-            self._sha256(f"{root}/{name}") == file["sha256"] for name, file in listed.items()
+            self._sha256(f"{root}/{name}", check) == file["sha256"] for name, file in listed.items()
         )
 
-    def _sha256(self, path: str) -> str:
+    def _sha256(self, path: str, check: Callable[[], None]) -> str:
         hasher = hashlib.sha256()
         with self._files.open(path, "rb") as stream:
             while chunk := stream.read(MIB):
+                check()
                 hasher.update(chunk)
         return hasher.hexdigest()
 
@@ -263,11 +266,3 @@ def sealed_names(manifest: bytes) -> list[str]:
 
 def _size(manifest: dict[str, Any]) -> int:
     return sum(file["size_bytes"] for file in manifest["files"].values())
-
-
-def _explain(error: OSError, folder: Path | None, needed_bytes: int) -> str:
-    """Where there was no room, also how much is needed."""
-    if error.errno not in durable_folders.OUT_OF_SPACE:
-        return str(error)
-    free = "" if folder is None else f", {durable_folders.free_bytes(folder) / MIB:.1f} MiB are free there"
-    return f"{error}; it needs {needed_bytes / MIB:.1f} MiB{free}; nothing was kept: free some space and try again"

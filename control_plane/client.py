@@ -11,6 +11,7 @@ What the server refuses is raised as an ``ApiError`` that carries the server's o
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -19,7 +20,7 @@ from urllib.parse import quote
 
 import httpx
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import BadRequest, ControlPlaneError
 
 TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 60.0
@@ -45,13 +46,18 @@ class ApiError(ControlPlaneError):
 
 
 class Unreachable(ApiError):
-    """Nobody answers at all."""
+    """There is nobody to ask: what was asked was not done."""
 
 
 class ControlPlane:
-    """One connection pool to one server; use it as a context manager, or ``close`` it. Safe to share among threads."""
+    """One connection pool to one server; use it as a context manager, or ``close`` it. Safe to share among threads.
+
+    Raises BadRequest for an ``api_key`` that cannot be one.
+    """
 
     def __init__(self, url: str, api_key: str, transport: httpx.BaseTransport | None = None) -> None:
+        if not re.fullmatch(r"[!-~]+", api_key):
+            raise BadRequest("the API key holds characters that no key has; copy it as llmos keys create printed it")
         self._url = url
         headers = {"Authorization": f"Bearer {api_key}"}
         # A proxy of the environment must never see a loopback address.
@@ -184,7 +190,7 @@ class ControlPlane:
                     raise _refusal(chunk, 502)
                 yield from (choice["text"] for choice in chunk["choices"])
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
 
     def system(self) -> Document:
         """Processes, workers, Triton, database, Redis, disks and memory."""
@@ -286,7 +292,7 @@ class ControlPlane:
                     raise
                 reconnects += 1
                 if reconnects > MAX_RECONNECTS:
-                    raise error if isinstance(error, ApiError) else self._unreachable(error) from None
+                    raise error if isinstance(error, ApiError) else self._no_answer(error) from None
                 time.sleep(RECONNECT_S)
 
     def keys(self) -> list[Document]:
@@ -364,7 +370,7 @@ class ControlPlane:
         try:
             response = self._http.request(method, path, **options)
         except httpx.TransportError as error:
-            raise self._unreachable(error) from None
+            raise self._no_answer(error) from None
         if response.is_error:
             raise _error(response)
         try:
@@ -374,10 +380,13 @@ class ControlPlane:
             raise ApiError(message, response.status_code, "http_error") from None
         return document
 
-    def _unreachable(self, error: Exception) -> Unreachable:
-        if isinstance(error, Unreachable):
-            return error
-        return Unreachable(f"no llmos answers at {self._url} ({error}); start it with llmos up", 503, "unreachable")
+    def _no_answer(self, error: httpx.TransportError) -> ApiError:
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+            return Unreachable(f"no llmos answers at {self._url} ({error}); start it with llmos up", 503, "unreachable")
+        message = (
+            f"llmos at {self._url} gave no answer ({error}); what was asked may have been done: look, then try again"
+        )
+        return ApiError(message, 504, "no_answer")
 
 
 def _model_path(name: str, *parts: str | int) -> str:

@@ -11,24 +11,37 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+MIB = 1 << 20
+CHUNK_BYTES = 4 * MIB
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def copy_folder(source: Path, names: Sequence[str], target: Path) -> None:
-    """Copy the files ``names`` of ``source`` to ``target``, which must not exist. Raises OSError and leaves nothing."""
+def copy_folder(source: Path, names: Sequence[str], target: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Copy the files ``names`` of ``source`` to ``target``, which must not exist. Raises OSError and leaves nothing.
+
+    ``check`` is called every few MiB; what it raises ends the copy, which leaves nothing either.
+    """
     staged = target.with_name(f".{target.name}.staged")
     try:
-        require_space(target.parent, sum((source / name).stat().st_size for name in names))
-        for name in names:
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, staged / name)
+        copy_files(source, names, staged, check)
         publish_folder(staged, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def copy_files(source: Path, names: Sequence[str], target: Path, check: Callable[[], None] = lambda: None) -> None:
+    """Copy the files ``names`` of ``source`` into ``target``, calling ``check`` every few MiB. Raises OSError."""
+    require_space(target.parent, sum((source / name).stat().st_size for name in names))
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with (source / name).open("rb") as original, (target / name).open("wb") as copy:
+            while chunk := original.read(CHUNK_BYTES):
+                check()
+                copy.write(chunk)
 
 
 def publish_folder(staged: Path, target: Path) -> None:
@@ -91,6 +104,14 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 def free_bytes(folder: Path) -> int:
     """What the disk of ``folder``, which need not exist yet, has free."""
     return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+
+def explain(error: OSError, folder: Path | None, needed_bytes: int) -> str:
+    """What failed; where there was no room, also how much is needed in ``folder``, None if that is on no disk."""
+    if error.errno not in OUT_OF_SPACE:
+        return str(error)
+    free = "" if folder is None else f", {free_bytes(folder) / MIB:.1f} MiB are free there"
+    return f"{error}; it needs {needed_bytes / MIB:.1f} MiB{free}; nothing was kept: free some space and try again"
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ ControlPlaneError       500 internal_error
 ├── RateLimited         429 rate_limit_exceeded   too many requests, tokens or failed logins; says when to come back
 ├── ClientGone          499 client_gone           the client hung up; nobody reads the answer
 ├── RequestTimeout      504 timeout
+│   └── ClientTimeout   504 client_timeout        the time that the client itself set, timeout_ms, has passed
 ├── Overloaded          503 overloaded            the engine's queue is full; try again
 ├── DatabaseUnavailable 503 database_unavailable  it is away, locked or restarting; try again
 └── ServingError        502 serving_error         Triton or the model's process is gone or failed
@@ -91,6 +92,10 @@ class ClientGone(ControlPlaneError):
 class RequestTimeout(ControlPlaneError):
     status = 504
     code = "timeout"
+
+
+class ClientTimeout(RequestTimeout):
+    code = "client_timeout"
 
 
 class Overloaded(ControlPlaneError):

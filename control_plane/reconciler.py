@@ -1,4 +1,7 @@
-"""``python -m control_plane.reconciler``: the process that keeps Triton serving what the registry wants."""
+"""``python -m control_plane.reconciler``: the process that keeps Triton serving what the registry wants.
+
+A thread of it watches the workers, since a worker cannot watch itself.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import threading
 from types import FrameType
 
 from control_plane import create_app
+from control_plane.jobs.worker_watch import WorkerWatch
 from control_plane.logs import configure_logging
 from control_plane.registry.reconciler import Reconciler
 from control_plane.settings import Settings
+from control_plane.supervision import SupervisorClient
 
 
 def main() -> None:
@@ -23,7 +28,10 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    Reconciler(create_app(settings)).run(stopped)
+    app = create_app(settings)
+    watch = WorkerWatch(app, SupervisorClient(settings).restart)
+    threading.Thread(target=watch.run, args=(stopped,), name="workers", daemon=True).start()
+    Reconciler(app).run(stopped)
     # Loads that still run belong to Triton; waiting for their answers would only delay the end.
     os._exit(0)
 

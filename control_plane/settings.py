@@ -7,9 +7,10 @@ README.md is checked against this file by tests/test_docs.py.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from control_plane.errors import SettingsError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+SERVICE_LINK = re.compile(r"LLMOS_(SERVICE_(HOST|PORT)\w*|PORT(_\d+_\w+)?)")
+"""What Kubernetes sets by itself beside a service called llmos."""
 
 
 def _text(value: str) -> str:
@@ -27,7 +30,8 @@ def _text(value: str) -> str:
 
 
 def _path(value: str) -> Path:
-    return Path(_text(value)).expanduser().resolve()
+    # Whatever folder a command is started in, its installation is the same.
+    return (PROJECT_ROOT / Path(_text(value)).expanduser()).resolve()
 
 
 def _optional_path(value: str) -> Path | None:
@@ -170,6 +174,7 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read the variables; raises SettingsError for the first bad one and for an unknown LLMOS_ name."""
         environment = os.environ if environment is None else environment
+        _refuse_unknown(environment, [setting.metadata["variable"] for setting in fields(cls)])
         values = {}
         for setting in fields(cls):
             variable, parse = setting.metadata["variable"], setting.metadata["parse"]
@@ -248,3 +253,12 @@ class Settings:
     @property
     def is_loopback(self) -> bool:
         return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+def _refuse_unknown(environment: Mapping[str, str], known: Sequence[str]) -> None:
+    given = [name for name in environment if name.startswith("LLMOS_") and not SERVICE_LINK.fullmatch(name)]
+    unknown = min((name for name in given if name not in known), default=None)
+    if unknown is not None:
+        closest = difflib.get_close_matches(unknown, known, n=1)
+        meant = f"did you mean {closest[0]}?" if closest else "README.md lists those there are; unset it."
+        raise SettingsError(f"{unknown} is set, but llmos has no such setting; {meant}")

@@ -4,8 +4,8 @@
 
 The child leads a process group of its own, which is killed whole when the caller is interrupted or raises, and when the
 child has ended; the child itself is killed by the kernel when the caller dies, however that happens. Lines that are no
-such object (a library's prints, a torn last line) are kept beside stderr for the error message and otherwise ignored.
-It knows nothing of what the child does.
+such object (a library's prints, a torn last line) are log lines, as those of stderr: they go to ``on_line``, and the
+last of them into the error message. It knows nothing of what the child does.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ def run_child(
     folder: Path | None = None,
     good_statuses: Sequence[int] = (0,),
     on_start: Callable[[subprocess.Popen[str]], None] = lambda child: None,
+    on_line: Callable[[str, str], None] = lambda stream, line: None,
 ) -> ChildEvent | None:
     """Run ``command`` to its end, handing every event to ``on_event``, and return its ``finished`` event, if any.
 
     Raises ChildFailed unless it ends with one of ``good_statuses``. Whatever ``on_event`` raises, KeyboardInterrupt
     included, stops the child and is passed on. ``on_start`` gets the process, for somebody who may stop it meanwhile.
+    ``on_line`` gets log lines, with ``stdout`` or ``stderr`` before them, from two threads; it must not raise.
     """
     child = subprocess.Popen(
         command,
@@ -93,7 +95,12 @@ def run_child(
     )
     assert child.stdout is not None and child.stderr is not None
     last_lines: deque[str] = deque(maxlen=KEPT_LINES)
-    reader = threading.Thread(target=_keep, args=(child.stderr, last_lines), daemon=True)
+
+    def keep(stream: str, line: str) -> None:
+        last_lines.append(line.rstrip())
+        on_line(stream, line.rstrip())
+
+    reader = threading.Thread(target=_read, args=(child.stderr, keep), daemon=True)
     reader.start()
     threading.Thread(target=_end_group_with, args=(child,), daemon=True).start()
     finished = failed = None
@@ -102,7 +109,7 @@ def run_child(
         for line in child.stdout:
             event = ChildEvent.parse(line)
             if event is None:
-                last_lines.append(line.rstrip())
+                keep("stdout", line)
                 continue
             finished = event if event.event == "finished" else finished
             failed = event if event.event == "error" else failed
@@ -146,10 +153,10 @@ def _signal_group(child: subprocess.Popen[str], number: signal.Signals) -> None:
         os.killpg(child.pid, number)
 
 
-def _keep(stream: IO[str], last_lines: deque[str]) -> None:
-    with stream:
-        for line in stream:
-            last_lines.append(line.rstrip())
+def _read(stderr: IO[str], keep: Callable[[str, str], None]) -> None:
+    with stderr:
+        for line in stderr:
+            keep("stderr", line)
 
 
 def _explain(

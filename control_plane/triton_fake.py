@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
-from control_plane.errors import ClientGone, ControlPlaneError, ModelNotReady, NotFound, TritonUnavailable
+from control_plane.errors import BadRequest, ClientGone, ControlPlaneError, ModelNotReady, NotFound, TritonUnavailable
 from control_plane.triton import TritonClient
 from control_plane.triton_wire import GenerateCall, IndexEntry, ProbeResult
+from triton_backend.errors import InvalidRequest
 from triton_backend.protocol import GenerateResponse, PromptToken, SequenceOutput, TokenLogprob
+from triton_backend.sampling_params import SamplingParams
 
 Script = Callable[[GenerateCall], Iterable[GenerateResponse]]
 
@@ -22,7 +24,8 @@ Script = Callable[[GenerateCall], Iterable[GenerateResponse]]
 class FakeTriton(TritonClient):
     """``models`` maps a model's name to its script, ``versions`` to those that are loaded: version 1 if not said.
 
-    Set ``is_running`` or ``probe_error`` to break things, ``digests`` to what probes find.
+    Set ``is_running`` or ``probe_error`` to break things, ``digests`` to what probes find, ``generation_defaults`` to
+    the models' own sampling parameters. What contradicts itself is refused, as the engine does it.
     """
 
     def __init__(self, models: Mapping[str, Script], versions: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -30,6 +33,7 @@ class FakeTriton(TritonClient):
         self.models = dict(models)
         self.versions = {name: list(numbers) for name, numbers in (versions or {}).items()}
         self.digests: dict[tuple[str, int | None], str] = {}
+        self.generation_defaults: Mapping[str, Any] = {}
         self.is_running = True
         self.probe_error: ControlPlaneError | None = None
         self.calls: list[GenerateCall] = []
@@ -71,6 +75,8 @@ class FakeTriton(TritonClient):
         self, calls: Sequence[GenerateCall], timeout_s: float, is_abandoned: Callable[[], bool] | None = None
     ) -> Generator[tuple[int, GenerateResponse], None, None]:
         self._require_running()
+        for call in calls:
+            self._require_consistent(call)
         self.calls += calls
         is_finished = False
         try:
@@ -89,6 +95,12 @@ class FakeTriton(TritonClient):
     def _require_running(self) -> None:
         if not self.is_running:
             raise TritonUnavailable("Triton at fake does not answer")
+
+    def _require_consistent(self, call: GenerateCall) -> None:
+        try:
+            SamplingParams.from_mapping(call.sampling, self.generation_defaults)
+        except InvalidRequest as error:
+            raise BadRequest(error.args[0]) from None
 
     def _script(self, model: str, version: int | None) -> Script:
         if model not in self.models:
@@ -135,7 +147,9 @@ def _prompt(call: GenerateCall) -> dict[str, Any]:
     texts = [f"t{i} " for i in call.input_ids] if call.text is None else re.findall(r"\s*\S+", call.text)
     halves = [half for text in texts for half in (("", text) if text.strip() == "🙂" else (text,))]
     tokens = tuple(PromptToken(i, text or "\ufffd", text) for i, text in enumerate(halves))
-    logprobs = [(TokenLogprob(t.token_id, -0.25, 1, t.decoded_token),) for t in tokens]
+    others = [TokenLogprob(1000 + rank, -rank, rank, f"other{rank}") for rank in (1, 2, 3)]
+    num_best = call.sampling["prompt_logprobs"]
+    logprobs = [(TokenLogprob(t.token_id, -0.25, 4, t.decoded_token), *others[:num_best]) for t in tokens]
     return {"prompt_tokens": tokens, "prompt_logprobs": (None, *logprobs[1:])}
 
 

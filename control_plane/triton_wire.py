@@ -23,6 +23,7 @@ from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
 from control_plane.errors import (
     BadRequest,
+    ClientTimeout,
     ControlPlaneError,
     ModelNotReady,
     NotFound,
@@ -166,7 +167,8 @@ def error_from_rpc(error: grpc.RpcError, url: str) -> ControlPlaneError:
 _ENGINE_ERRORS: dict[str, type[ControlPlaneError]] = {
     "INVALID_ARG": BadRequest,
     "UNAVAILABLE": Overloaded,
-    "CANCELLED": RequestTimeout,
+    # The engine has no deadline of its own: only the request's timeout_ms ends one that somebody waits for.
+    "CANCELLED": ClientTimeout,
     "INTERNAL": ServingError,
 }
 

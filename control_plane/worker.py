@@ -6,6 +6,7 @@ jobs of dead workers to living ones.
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from celery.signals import setup_logging, worker_ready, worker_shutting_down
@@ -20,6 +21,9 @@ from control_plane.settings import Settings
 def _setup_logging(**_: object) -> None:
     # Connecting a receiver keeps Celery from installing its own log format.
     configure_logging("worker")
+    # Each message, a knock on the door or the canary, would be told twice; what jobs do, their runner tells.
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @worker_ready.connect

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.errors import InvalidCheckpoint, UnsafeCheckpoint, UnsupportedArchitecture
+from exporters.errors import InvalidCheckpoint, UnsafeCheckpoint, UnsupportedArchitecture, reason_of
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONFIG_PATTERNS = ("*.json", "*.jinja")
@@ -83,7 +83,7 @@ def _fetch(model_id: str, patterns: tuple[str, ...]) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InvalidCheckpoint(
             f"{model_id} is neither a folder nor a model that could be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name and the network, or download it "
+            f"({reason_of(error)}); check the name and the network, or download it "
             "yourself and pass the folder"
         ) from error
 

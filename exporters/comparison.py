@@ -58,14 +58,20 @@ class Judgement:
     logit_gap: float | None = None
 
 
-def judge(logits: torch.Tensor, tokens: Sequence[int], num_expected: int, tie_logit_gap: float) -> Judgement:
+def judge(
+    logits: torch.Tensor,
+    tokens: Sequence[int],
+    num_expected: int,
+    tie_logit_gap: float,
+    suppressed: Sequence[int] = (),
+) -> Judgement:
     """Compare ``tokens`` with the choices of the original, whose logits (S, V) at their positions are given.
 
-    Fewer than ``num_expected`` tokens are a mismatch behind the last one.
+    Fewer than ``num_expected`` tokens are a mismatch behind the last one. ``suppressed`` tokens are never chosen.
     """
     if not tokens:
         return Judgement("mismatch", 0, 0, position=0)
-    choices = logits[: len(tokens)].argmax(-1)
+    choices = allowed(logits[: len(tokens)], suppressed).argmax(-1)
     agrees = choices == torch.tensor(list(tokens))
     num_agreeing = int(agrees.sum())
     if bool(agrees.all()):
@@ -79,19 +85,23 @@ def judge(logits: torch.Tensor, tokens: Sequence[int], num_expected: int, tie_lo
     return Judgement(result, position, num_agreeing, position, expected, found, finite(gap))
 
 
-def top_of(logits: np.ndarray) -> tuple[tuple[int, float], ...]:
-    """The largest logits of (V,), largest first, with their token ids."""
-    order = np.argsort(-logits, kind="stable")[:TOP]
+def top_of(logits: np.ndarray, suppressed: Sequence[int] = ()) -> tuple[tuple[int, float], ...]:
+    """The largest logits of (V,) but of ``suppressed`` tokens, largest first, with their token ids."""
+    order = np.argsort(-logits, kind="stable")
+    order = order[~np.isin(order, suppressed)][:TOP]
     return tuple((int(token), round(float(logits[token]), 6)) for token in order if np.isfinite(logits[token]))
 
 
 class TextLogits:
     """What the exported version said about the windows of a text. All positions count for perplexity and choice; whole
     distributions, which are large, are kept for every ``stride``-th position only, until the original is compared.
+
+    ``suppressed`` tokens are never chosen; they may occur in a text, and have their part of every distribution.
     """
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, stride: int, suppressed: Sequence[int] = ()) -> None:
         self.stride = stride
+        self._suppressed = suppressed
         self.losses: list[np.ndarray] = []
         self.choices: list[np.ndarray] = []
         self.kept: list[np.ndarray] = []
@@ -102,7 +112,7 @@ class TextLogits:
         if not len(logits):
             return
         self.losses.append(_losses(logits, targets))
-        self.choices.append(logits.argmax(-1).numpy())
+        self.choices.append(allowed(logits, self._suppressed).argmax(-1).numpy())
         self.kept += list(logits[-self._num_seen % self.stride :: self.stride].numpy().copy())
         self._num_seen += len(logits)
 
@@ -110,8 +120,9 @@ class TextLogits:
 class TextComparison:
     """The original on the same text, compared position by position while it reads, so that it need not be kept."""
 
-    def __init__(self, exported: TextLogits) -> None:
+    def __init__(self, exported: TextLogits, suppressed: Sequence[int] = ()) -> None:
         self._exported = exported
+        self._suppressed = suppressed
         self._losses: list[np.ndarray] = []
         self._choices: list[np.ndarray] = []
         self._divergences: list[float] = []
@@ -124,7 +135,7 @@ class TextComparison:
         if not len(logits):
             return
         self._losses.append(_losses(logits, targets))
-        self._choices.append(logits.argmax(-1).numpy())
+        self._choices.append(allowed(logits, self._suppressed).argmax(-1).numpy())
         self._max_logit = max(self._max_logit, _largest(logits.numpy()))
         stride = self._exported.stride
         for row in logits[-self._num_seen % stride :: stride].numpy():
@@ -165,6 +176,11 @@ class TextComparison:
             "max_relative_difference": finite(largest / max(scale, 1e-9)),
             "max_logit": scale,
         }
+
+
+def allowed(logits: torch.Tensor, suppressed: Sequence[int]) -> torch.Tensor:
+    """Logits (S, V) with −inf for the tokens that are never chosen."""
+    return logits.index_fill(-1, torch.tensor(suppressed), -torch.inf) if suppressed else logits
 
 
 def difference(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:

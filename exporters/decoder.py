@@ -23,11 +23,11 @@ import torch
 from transformers import PreTrainedModel
 
 from exporters.attention import AttentionShapes, GraphAttention, LayerShape, PlainAttention, registered
-from exporters.errors import UnsupportedArchitecture
+from exporters.errors import UnsupportedArchitecture, reason_of
+from exporters.generation_config import suppressed_tokens
 from exporters.masks import MaskRecorder
 from exporters.positions import ToldPositions
 from exporters.rope import constant_frequencies
-from exporters.suppression import suppressed_tokens
 from exporters.tracing import trace_module
 
 if TYPE_CHECKING:
@@ -134,10 +134,9 @@ def measure(model: PreTrainedModel) -> DecoderShape:
             raise
         raise UnsupportedArchitecture(f"{name}: {error}") from None
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedArchitecture(
             f"{name} does not run as a plain decoder of text with attention that is not its own "
-            f"({type(error).__name__}: {reason}); use a model of an architecture that does, such as Llama or Qwen2"
+            f"({reason_of(error)}); use a model of an architecture that does, such as Llama or Qwen2"
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from exporters.checkpoint import Checkpoint
 from exporters.config import ExportConfig
 from exporters.decoder import MAX_TOP_LOGITS, measure, trace
+from exporters.generation_config import ignored_settings
 from exporters.graph import save_graph
 from exporters.original import load_model, load_tokenizer
 from exporters.passes import apply_passes
@@ -40,4 +41,4 @@ def write_decoder(
     save_graph(program, folder / GRAPH)
     dataclasses.replace(settings, model=dataclasses.replace(settings.model, lora=report.lora)).write(folder)
     write_tokenizer(folder, tokenizer, checkpoint, shape.vocab_size)
-    return Written(report.document(), shape.sliding_window)
+    return Written(report.document(), shape.sliding_window, ignored_settings(model.generation_config))

@@ -8,7 +8,7 @@ many bytes per second, which is measured here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.config import DEFAULT_MAX_MODEL_LEN, ExportConfig
 from exporters.decoder import MAX_TOP_LOGITS, DecoderShape, measure
 from exporters.encoder import is_encoder
-from exporters.errors import ExportError, InvalidCheckpoint, InvalidConfig
+from exporters.errors import ExportError, InvalidCheckpoint, InvalidConfig, reason_of
+from exporters.generation_config import ignored_settings, load_generation_config
 from exporters.original import SAFE_LOADING, kind_of, load_config, load_seq2seq_config, read_config
 from exporters.version import check_output, version_config
 
@@ -44,6 +45,7 @@ class Plan:
     """What would be made. Sizes in bytes; ``decode_step_s`` is a lower bound for one row, from ``bandwidth``.
 
     ``num_parameters`` counts a tied weight once. Adapters add ``lora_bytes`` of memory for all slots.
+    ``ignored_settings`` are what the checkpoint asks of ``generate`` that the engine does not do by itself.
     """
 
     checkpoint: str
@@ -68,6 +70,7 @@ class Plan:
     bytes_per_decode_step: int
     bandwidth_bytes_per_s: float
     decode_step_s: float
+    ignored_settings: Mapping[str, Any]
 
 
 def plan(config: ExportConfig) -> Plan:
@@ -123,6 +126,7 @@ def plan(config: ExportConfig) -> Plan:
         bytes_per_decode_step=step_bytes,
         bandwidth_bytes_per_s=bandwidth,
         decode_step_s=step_bytes / bandwidth,
+        ignored_settings={} if kind == "encoder" else ignored_settings(model.generation_config),
     )
 
 
@@ -130,9 +134,14 @@ def _meta_model(checkpoint: Checkpoint, config: PretrainedConfig, kind: str) -> 
     loader: Any = {"decoder": AutoModelForCausalLM, "encoder_decoder": AutoModelForSeq2SeqLM, "encoder": AutoModel}[
         kind
     ]
-    with torch.device("meta"):
-        model = loader.from_config(config, trust_remote_code=SAFE_LOADING["trust_remote_code"])
-    model.tie_weights()
+    try:
+        with torch.device("meta"):
+            model = loader.from_config(config, trust_remote_code=SAFE_LOADING["trust_remote_code"])
+        model.tie_weights()
+    except Exception as error:  # whatever a bad value of config.json leads to
+        raise InvalidCheckpoint(f"transformers cannot make {checkpoint.folder}: {reason_of(error)}") from error
+    if kind != "encoder":
+        model.generation_config = load_generation_config(checkpoint)
     parameters = dict(model.named_parameters())
     for name, (shape, path) in checkpoint.tensor_shapes().items():
         expected = parameters.get(name)

@@ -25,6 +25,7 @@ import numpy as np
 import onnxruntime as ort
 
 from exporters.errors import EngineFailed
+from exporters.session import open_session
 from triton_backend.config import VersionConfig
 
 
@@ -42,10 +43,14 @@ def pad(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.nd
 class Embedder:
     """Runs the graph of an encoder. Owned by one thread."""
 
-    def __init__(self, graph: Path, num_threads: int = 0) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        self._session = ort.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+    def __init__(self, graph: Path, device: str = "cpu") -> None:
+        self._session = open_session(graph, device, ort.SessionOptions())
+
+    @classmethod
+    def of(cls, folder: Path) -> Embedder:
+        """Of the version in ``folder``."""
+        config = VersionConfig.read(folder)
+        return cls(folder / config.model.graph, config.engine.device)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Embeddings (B, E') of ``rows`` of token ids, computed as one batch."""
@@ -59,7 +64,7 @@ class Embedder:
 
 def embed(folder: Path, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """Embeddings (B, E') of ``rows`` of token ids by the version in ``folder``, computed as one batch."""
-    return Embedder(folder / VersionConfig.read(folder).model.graph)(rows)
+    return Embedder.of(folder)(rows)
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,7 @@ class EmbedderProcess:
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
-    embedder = Embedder(folder / VersionConfig.read(folder).model.graph)
+    embedder = Embedder.of(Path(sys.argv[1]))
     for line in sys.stdin:
         rows = json.loads(line)["rows"]
         started = time.perf_counter()

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from exporters.attention import registered
 from exporters.checkpoint import Checkpoint
-from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture
+from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture, reason_of
 from exporters.original import SAFE_LOADING, kind_of, read_config
 from exporters.pooling import ACTIVATIONS, MODULES_JSON, Pooling
 from exporters.tracing import trace_module
@@ -187,10 +187,8 @@ def load_encoder(checkpoint: Checkpoint) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # reported below by name, instead of by the first one only
             **SAFE_LOADING,
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InvalidCheckpoint(
-            f"transformers cannot load {checkpoint.folder}: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever a bad value of config.json leads to
+        raise InvalidCheckpoint(f"transformers cannot load {checkpoint.folder}: {reason_of(error)}") from error
     model, info = loaded
     # The pooler is a head for classification, which embeddings do not use and many checkpoints leave out.
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))

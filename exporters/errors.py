@@ -19,6 +19,12 @@ This module imports nothing of ours.
 """
 
 
+def reason_of(error: BaseException) -> str:
+    """Kind and first line of an error of another library; some say nothing, or nothing without their kind."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class ExportError(Exception):
     """Base of all errors an export reports; ``str(error)`` says what, which value, what was expected, what to do."""
 

@@ -4,6 +4,7 @@
 {"event": "step", "step": "trace", "done": 2, "total": 7, "rss_bytes": …,
  "previous": {"step": "load", "seconds": 1.2, "peak_rss_bytes": …}}  ``trace`` begins, 2 of 7 steps are done
 {"event": "progress", "step": "certify", "done": 3, "total": 16}   inside a long step
+{"event": "warning", "code": "IGNORED_SETTINGS", "message": …, "settings": {"min_length": 10}}
 {"event": "finished", "folder": …, "digest": …, "size_bytes": …, "graph": {…}, "certificate": {…}}
      ``graph``: {"traced": {"num_nodes": …, "num_nodes_per_layer": …}, "fused": {…}}
 {"event": "error", "code": "UNSAFE_CHECKPOINT", "message": …}

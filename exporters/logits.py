@@ -1,4 +1,4 @@
-"""Logits, from the exported graph in ONNX Runtime and from the original in PyTorch."""
+"""Logits, from the exported graph in ONNX Runtime and from the original in PyTorch; no token is left out of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import onnxruntime as ort
 import torch
 from transformers import PreTrainedModel
 
-from exporters.errors import EngineFailed
-from exporters.suppression import suppressed_tokens
+from exporters.session import open_session
 from triton_backend.config import VersionConfig
 
 CHUNK_LOGITS_BYTES = 64 << 20
@@ -33,10 +32,11 @@ class ExportedGraph:
         options = ort.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch runs beside it
         options.enable_cpu_mem_arena = False  # an arena grows to more than is in use and is kept
-        self._session = _session(folder / config.model.graph, options, config.engine.device)
+        device = config.engine.device
+        self._session = open_session(folder / config.model.graph, device, options)
         self._encoder = None
         if config.model.encoder_graph:
-            self._encoder = _session(folder / config.model.encoder_graph, ort.SessionOptions(), config.engine.device)
+            self._encoder = open_session(folder / config.model.encoder_graph, device, ort.SessionOptions())
         self._inputs = {node.name: node for node in self._session.get_inputs()}
 
     def at(self, ids: Sequence[int], index: Sequence[int], source: Sequence[int] = ()) -> np.ndarray:
@@ -76,7 +76,6 @@ class ExportedGraph:
         binding.bind_output("logits")
         self._session.run_with_iobinding(binding)
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
-        logits[:, list(self._config.model.suppressed_token_ids)] = -np.inf  # as of the original
         return logits
 
     def _state(self, num_rows: int, max_len: int, source: Sequence[int]) -> dict[str, ort.OrtValue]:
@@ -126,10 +125,7 @@ class ExportedGraph:
 def original_logits(
     model: PreTrainedModel, ids: Sequence[int], source: Sequence[int] = (), keep: int | None = None
 ) -> torch.Tensor:
-    """Logits (S, V) of the last ``keep`` positions of ``ids`` (all by default), in one forward pass.
-
-    Tokens that the model's own settings forbid have −inf.
-    """
+    """Logits (S, V) of the last ``keep`` positions of ``ids`` (all by default), in one forward pass."""
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
     if source:
         inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([ids])}
@@ -138,24 +134,12 @@ def original_logits(
     forward: Any = model
     with torch.no_grad():
         logits: torch.Tensor = forward(**inputs, use_cache=False).logits[0].float()
-    logits[:, suppressed_tokens(model)] = -torch.inf
     return logits if keep is None else logits[-keep:]
 
 
 def _can_keep(model: PreTrainedModel) -> bool:
     """Whether the model can leave out the head's product for positions that nobody asks for."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def _session(graph: Path, options: ort.SessionOptions, device: str) -> ort.InferenceSession:
-    """Where the engine runs it, so that what is measured is what is served; the engine says if that cannot be."""
-    if device == "cuda":
-        ort.preload_dlls()
-    provider = f"{device.upper()}ExecutionProvider"
-    session = ort.InferenceSession(str(graph), options, providers=[provider])
-    if provider not in session.get_providers():  # ONNX Runtime goes on without one that it cannot start
-        raise EngineFailed(f"ONNX Runtime cannot start its {provider} for {graph}: see its own message above")
-    return session
 
 
 def _zeros(shape: Sequence[int], onnx_type: str) -> ort.OrtValue:

@@ -105,7 +105,7 @@ def _examine(model_type: str, seed: int) -> Row:
     except TooUniform as error:
         return Row(model_type, name, UNTESTED, str(error))
     except Exception as error:
-        if os.environ.get("LLMOS_TRACEBACK"):
+        if os.environ.get("MATRIX_TRACEBACK"):
             raise
         return Row(model_type, name, FAILED, _first_line(error))
     return Row(model_type, name, DIFFERENT if difference else EQUAL, difference, traced, fused)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 
 from exporters import torch_transformer
 from exporters.checkpoint import Checkpoint
-from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture
+from exporters.errors import InvalidCheckpoint, UnsupportedArchitecture, reason_of
 from exporters.seq2seq import num_layers
 
 SAFE_LOADING: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -57,10 +58,11 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     torch_transformer.register()
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, **SAFE_LOADING)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UnsupportedArchitecture(
+    except Exception as error:  # huggingface_hub's errors of a field share no base class with transformers' own
+        kind = InvalidCheckpoint if checkpoint.model_type in CONFIG_MAPPING else UnsupportedArchitecture
+        raise kind(
             f"transformers cannot read {checkpoint.folder / 'config.json'} with model_type {checkpoint.model_type!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"{reason_of(error)}"
         ) from error
     return config
 
@@ -115,10 +117,8 @@ def _load(checkpoint: Checkpoint, config: PretrainedConfig, auto_class: Any) -> 
             ignore_mismatched_sizes=True,
             **SAFE_LOADING,
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InvalidCheckpoint(
-            f"transformers cannot load {checkpoint.folder}: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # whatever a bad value of config.json leads to
+        raise InvalidCheckpoint(f"transformers cannot load {checkpoint.folder}: {reason_of(error)}") from error
     model, info = loaded
     _check_weights_fit(checkpoint, info, _num_layers(model))
     for name, parameter in model.named_parameters():
@@ -136,7 +136,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(checkpoint.folder, **SAFE_LOADING)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise InvalidCheckpoint(
-            f"transformers cannot load the tokenizer of {checkpoint.folder}: {str(error).splitlines()[0]}; save it "
+            f"transformers cannot load the tokenizer of {checkpoint.folder}: {reason_of(error)}; save it "
             "again with AutoTokenizer.save_pretrained"
         ) from error
 

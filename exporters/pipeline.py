@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from exporters.decoder_version import write_decoder
 from exporters.encoder import is_encoder
 from exporters.encoder_version import write_encoder
 from exporters.errors import InvalidConfig
-from exporters.events import EmitEvent, Progress
+from exporters.events import EmitEvent, Event, Progress
 from exporters.original import kind_of, read_config
 from exporters.seq2seq_version import write_seq2seq
 from exporters.version import Written, check_output, environment, source_of, staged, write_json
@@ -50,10 +50,13 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
     certificate: dict[str, Any] = {}
     with staged(out, config.overwrite) as folder:
         written = WRITERS[kind](config, checkpoint, folder, progress.step)
+        if written.ignored_settings:
+            emit(_warning(written.ignored_settings))
         progress.step("certify")
         if with_certificate:
             certificate = certify(folder, checkpoint, written.sliding_window, progress, config.limits, config.eval_text)
             certificate["graph"] = written.graph
+            certificate["ignored_generation_settings"] = written.ignored_settings
             write_json(folder / "certificate.json", certificate)
         progress.step("seal")
         seal(folder, {**source_of(checkpoint), "name": config.name}, environment())
@@ -83,14 +86,20 @@ def run(config: ExportConfig, emit: EmitEvent, *, with_certificate: bool) -> Exp
     return version
 
 
+def _warning(ignored: Mapping[str, Any]) -> Event:
+    message = f"the checkpoint asks generate for {', '.join(ignored)}, which the engine does not do by itself"
+    message += "; requests may ask for what it can do, such as min_tokens"
+    return {"event": "warning", "code": "IGNORED_SETTINGS", "message": message, "settings": ignored}
+
+
 def _check_asked(config: ExportConfig, kind: str) -> None:
     """Refuse what was asked of a kind of model that cannot have it."""
     if config.lora_slots and kind != "decoder":
         raise InvalidConfig(f"lora_slots has value {config.lora_slots}, but this is an {kind}; expected a decoder")
     if config.calibration is not None and kind != "decoder":
         raise InvalidConfig(f"calibration is given, but this is an {kind}; expected a decoder")
-    if config.precision == "bf16" and kind == "encoder_decoder":
-        raise InvalidConfig("precision has value 'bf16', in which an encoder_decoder cannot be proven; expected fp16")
+    if config.precision == "bf16" and kind != "decoder":  # MultiHeadAttention has no kernel for it
+        raise InvalidConfig(f"precision has value 'bf16', in which an {kind} cannot be proven; expected fp16")
     if config.max_source_len is not None and kind != "encoder_decoder":
         raise InvalidConfig(
             f"max_source_len has value {config.max_source_len}, but this {kind} reads no source; expected an "

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from exporters.errors import UnsupportedArchitecture
+from exporters.errors import UnsupportedArchitecture, reason_of
 
 TABLE = "position_table"
 """Name of the buffer that a module has while its table is in use."""
@@ -139,7 +139,7 @@ def _embeddings(stack: torch.nn.Module, module: torch.nn.Module, num_positions: 
         pass
     except (IndexError, RuntimeError) as error:
         raise UnsupportedArchitecture(
-            f"{type(stack).__name__} cannot embed {num_positions} positions ({str(error).splitlines()[0]}); "
+            f"{type(stack).__name__} cannot embed {num_positions} positions ({reason_of(error)}); "
             "ask for a smaller max_model_len or max_source_len"
         ) from error
     finally:

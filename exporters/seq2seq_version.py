@@ -8,6 +8,7 @@ from pathlib import Path
 from exporters.checkpoint import Checkpoint
 from exporters.config import ExportConfig
 from exporters.decoder import MAX_TOP_LOGITS
+from exporters.generation_config import ignored_settings
 from exporters.graph import save_graph
 from exporters.original import load_seq2seq_model, load_tokenizer
 from exporters.passes import apply_passes
@@ -39,4 +40,5 @@ def write_seq2seq(
     save_graph(programs.decoder, folder / GRAPH)
     settings.write(folder)
     write_tokenizer(folder, tokenizer, checkpoint, shape.vocab_size)
-    return Written({**decoder.document(), "encoder": encoder.document()})
+    sizes = {**decoder.document(), "encoder": encoder.document()}
+    return Written(sizes, ignored_settings=ignored_settings(model.generation_config))

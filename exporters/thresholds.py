@@ -126,6 +126,12 @@ class Check:
     passed: bool
 
 
+def at_most(name: str, value: float | None, limit: float | None) -> Check:
+    """A check whose limit is no threshold of its own. What is not a number fails, unless it is only reported."""
+    value = value if value is not None and math.isfinite(value) else None
+    return Check(name, value, limit, limit is None or (value is not None and value <= limit))
+
+
 def check(thresholds: Thresholds, measured: Mapping[str, float | None]) -> list[Check]:
     """Compare ``measured``, by name of the threshold, with its limits. What is required but not a number fails."""
     found = []

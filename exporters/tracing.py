@@ -19,7 +19,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 
 from exporters.complex_numbers import real_pairs
-from exporters.errors import UnsupportedArchitecture
+from exporters.errors import UnsupportedArchitecture, reason_of
 from exporters.experts import lower_grouped_products, traceable_experts
 from exporters.norms import fused_norms
 from exporters.rope import constant_frequencies
@@ -95,7 +95,7 @@ def _export(
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        cause = reason_of(error.__cause__ or error)
         raise UnsupportedArchitecture(
             f"{type(model).__name__} has an operation that cannot be traced to ONNX ({cause}); "
             "use a model of an architecture that can: exporters/SUPPORTED.md lists them"

@@ -101,8 +101,7 @@ def verify(
     verification = Verification(
         folder=folder,
         digest=digest(folder),
-        passed=recorded.get("passed") is not False
-        and (original is None or found["passed"] is True)
+        passed=(recorded if original is None else found).get("passed") is not False
         and (repetition is None or repetition.num_mismatches == 0),
         original=str(original.folder) if original else None,
         reason=reason,

@@ -1,6 +1,6 @@
 """Writing a version folder: staged beside its final place, and renamed into it when it is complete.
 
-.chat-1.k3f9x2/        staging, removed whenever the export does not finish
+.chat-1.4711.k3f9x2_a/ staging of process 4711, removed when its export fails; by the next export, if it was killed
   model.onnx  model.onnx.data
   model.json           facts and settings for the engine
   tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
@@ -12,60 +12,55 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import PreTrainedModel
 
 from exporters.checkpoint import Checkpoint
 from exporters.config import CACHE_TYPES, DEFAULT_MAX_MODEL_LEN, ExportConfig
 from exporters.decoder import DecoderShape
 from exporters.errors import InvalidCheckpoint, InvalidConfig, OutputExists
+from exporters.generation_config import file_name, generation_defaults, suppressed_tokens
 from exporters.rope import constant_frequency_limit
-from exporters.suppression import suppressed_tokens
-from triton_backend.config import LayerConfig, ModelConfig, VersionConfig
-from triton_backend.version_folder import MANIFEST_JSON, sha256_of
+from triton_backend.config import MODEL_JSON, LayerConfig, ModelConfig, VersionConfig
+from triton_backend.errors import VersionFolderError
+from triton_backend.version_folder import MANIFEST_JSON, read_manifest, sha256_of
 
-GENERATION_DEFAULTS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "typical_p": "typical_p",
-    "repetition_penalty": "repetition_penalty",
-    "no_repeat_ngram_size": "no_repeat_ngram_size",
-    "num_beams": "beam_width",
-    "length_penalty": "length_penalty",
-    "early_stopping": "early_stopping",
-}
-"""Of generation_config.json, with the engine's names."""
 GRAPH = "model.onnx"
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a version's certificate is told: sizes of the graph (or of each), and the widest attention window."""
+    """What a version's certificate is told: sizes of the graph (or of each), the widest attention window, and what the
+    checkpoint asks of ``generate`` that the engine does not do.
+    """
 
     graph: Mapping[str, Any]
     sliding_window: int | None = None
+    ignored_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool, marker: str = MODEL_JSON) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place if the body succeeds and is removed if it does not."""
-    check_output(out, overwrite)
+    check_output(out, overwrite, marker)
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    _remove_abandoned(out)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
     try:
         staging.chmod(0o755)  # Triton may run as another user
         yield staging
-        check_output(out, overwrite)
+        check_output(out, overwrite, marker)
         if out.exists() and any(out.iterdir()):
             replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             out.rename(replaced)
@@ -77,8 +72,19 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise OutputExists unless ``out`` is free, empty, or a version folder that may be replaced."""
+def _remove_abandoned(out: Path) -> None:
+    """Remove what exports to ``out`` left that were killed. Our own number can only be that of an earlier process."""
+    staging = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.\w+")
+    for folder in out.parent.iterdir():
+        match = staging.fullmatch(folder.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool, marker: str = MODEL_JSON) -> None:
+    """Raise OutputExists unless ``out`` is free, empty, or may be replaced: sealed, and of the kind that has a file
+    ``marker``.
+    """
     if not out.exists():
         return
     if not out.is_dir():
@@ -87,11 +93,18 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputExists(f"{out} exists and is not empty; choose another output folder or pass --overwrite")
-    if not (out / MANIFEST_JSON).is_file():
+    if not _is_sealed(out, marker):
         raise OutputExists(
-            f"{out} holds something other than a version (it has no {MANIFEST_JSON}), so it is not overwritten; "
+            f"{out} holds something else (expected {marker} and a readable {MANIFEST_JSON}), so it is not overwritten; "
             "choose another output folder"
         )
+
+
+def _is_sealed(folder: Path, marker: str) -> bool:
+    try:
+        return marker in read_manifest(folder)["files"]
+    except VersionFolderError:
+        return False
 
 
 def version_config(
@@ -120,17 +133,13 @@ def version_config(
         precision=export.precision,
         cache_type=CACHE_TYPES[export.precision, export.device],
         suppressed_token_ids=tuple(suppressed_tokens(original)),
-        generation_defaults={
-            engine_name: checkpoint.generation_config[name]
-            for name, engine_name in GENERATION_DEFAULTS.items()
-            if checkpoint.generation_config.get(name) is not None
-        },
+        generation_defaults=generation_defaults(original.generation_config, checkpoint),
     )
     num_beams = model.generation_defaults.get("beam_width", 1)
     if num_beams > export.max_num_seqs:
         raise InvalidConfig(
-            f"max_num_seqs has value {export.max_num_seqs}; the checkpoint's generation_config.json asks for num_beams "
-            f"= {num_beams} by default, and every beam takes a row: expected at least {num_beams}"
+            f"max_num_seqs has value {export.max_num_seqs}; the checkpoint's {file_name(checkpoint)} asks for "
+            f"num_beams = {num_beams} by default, and every beam takes a row: expected at least {num_beams}"
         )
     return VersionConfig(model, export.engine_config(export.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)))
 

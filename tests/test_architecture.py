@@ -14,7 +14,7 @@ PACKAGES = ("triton_backend", "exporters", "control_plane")
 
 # What code outside triton_backend may import of it, per package; these modules need only the standard library.
 SHARED = {
-    "exporters": {"config", "errors", "version_folder"},
+    "exporters": {"config", "cpu_features", "errors", "sampling_params", "version_folder"},
     "control_plane": {"protocol", "sampling_params", "errors", "version_folder"},
 }
 # The model that a recipe trains and the exporter exports, and what it may need.

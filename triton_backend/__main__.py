@@ -23,6 +23,7 @@ from typing import Any
 from triton_backend.errors import EngineError, InvalidRequest
 from triton_backend.event_log import EventLog
 from triton_backend.loading import configure_logging, load_engine
+from triton_backend.parameter_kinds import is_token_id, require_encodable, shown
 from triton_backend.protocol import GenerateRequest, GenerateResponse
 from triton_backend.replay import replay
 from triton_backend.sampling_params import SamplingParams
@@ -73,11 +74,17 @@ def parse_line(line: str, defaults: dict[str, Any]) -> GenerateRequest:
     """Raises InvalidRequest."""
     try:
         document = json.loads(line)
+        text, input_ids = document.get("text"), document.get("input_ids", ())
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequest(f"text has value {shown(text)}; expected a string")
+        require_encodable("text", text or "")
+        if not isinstance(input_ids, (list, tuple)) or not all(map(is_token_id, input_ids)):
+            raise InvalidRequest(f"input_ids has value {shown(input_ids)}; expected a list of token ids")
         return GenerateRequest(
             request_id=str(document["id"]),
             params=SamplingParams.from_mapping(document.get("sampling_parameters", {}), defaults),
-            text=document.get("text"),
-            input_ids=tuple(document.get("input_ids", ())),
+            text=text,
+            input_ids=tuple(input_ids),
             stream=bool(document.get("stream", False)),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from triton_backend.errors import VersionFolderError
+from triton_backend.errors import InvalidRequest, VersionFolderError
+from triton_backend.sampling_params import FIELDS
 
 MODEL_JSON = "model.json"
 FORMAT = 2
@@ -226,11 +227,25 @@ class VersionConfig:
                 model["lora"] = _lora_from(model["lora"])
             for ids in ("eos_token_ids", "suppressed_token_ids"):
                 model[ids] = tuple(model.get(ids, ()))
+            model["generation_defaults"] = _defaults_from(model.get("generation_defaults", {}))
             return cls(_from_mapping(ModelConfig, model), _from_mapping(EngineConfig, document["engine"]))
         except VersionFolderError as error:
             raise VersionFolderError(f"{path}: {error.args[0]}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise VersionFolderError(f"{path} is not a valid model.json: {error!r}") from error
+
+
+def _defaults_from(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked as a request's parameters are, whose place they take."""
+    defaults: dict[str, Any] = {}
+    for name, value in dict(values).items():
+        if name not in FIELDS:
+            raise VersionFolderError(f"generation_defaults has {name!r}; expected names of sampling parameters")
+        try:
+            defaults[name] = FIELDS[name].parse(name, value)
+        except InvalidRequest as error:
+            raise VersionFolderError(f"generation_defaults: {error.args[0]}") from None
+    return defaults
 
 
 def _lora_from(values: Mapping[str, Any]) -> LoraConfig:

@@ -100,7 +100,7 @@ class Sampler:
         params = beam.params
         if (forced_id := self._forced_id(beam)) is not None:
             return [Candidate(forced_id, 0.0, 0.0, self._forced(beam, forced_id).logprobs, is_forced=True)]
-        normalizer = log_normalizer(raw, int(head.ids[0]))
+        normalizer = log_normalizer(raw, int(raw.argmax()))  # the head lacks what the model must not say
         is_changed = self._processors.are_needed(beam)
         row = raw
         if is_changed or params.do_sample or num > len(head.ids):

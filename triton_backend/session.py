@@ -8,6 +8,7 @@ import onnxruntime
 import psutil
 import torch
 
+from triton_backend.cpu_features import without_saturation
 from triton_backend.errors import VersionFolderError
 
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ def load_session(
     options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    without_saturation(options)
     if is_occasional:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     providers = _providers(device, cuda_graphs)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, mib, print_json, print_table
+from control_plane.commands.api import AsJson, connected, mib, print_json, print_table, show_job
 
 adapters = typer.Typer(help="LoRA adapters of a model, chosen per request.", no_args_is_help=True)
 Model = Annotated[str, typer.Argument(help="A model.")]
@@ -41,21 +41,20 @@ def add(
     version: Annotated[int | None, typer.Option(help="The version it is meant for; production if left out.")] = None,
     other_base: Annotated[bool, typer.Option("--other-base", help="It may name another base model.")] = False,
     wait: Annotated[bool, typer.Option(help="Show the job's events until it has ended.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Make an adapter ready for a version and install it; one that has the name is replaced."""
     source = os.path.abspath(peft_folder) if os.path.isdir(peft_folder) else peft_folder
     adapter = name or os.path.basename(source.rstrip("/"))
     with connected() as llmos:
-        job = llmos.put_adapter(model, adapter, source, version, other_base=other_base)
-        if not wait:
-            typer.echo(job["id"])
-            return
-        follow(llmos, job["id"])
+        show_job(llmos, llmos.put_adapter(model, adapter, source, version, other_base=other_base), wait, as_json)
 
 
 @adapters.command()
-def remove(model: Model, adapter: Annotated[str, typer.Argument(help="An adapter.")]) -> None:
+def remove(model: Model, adapter: Annotated[str, typer.Argument(help="An adapter.")], as_json: AsJson = False) -> None:
     """Remove an adapter; requests that run with it go on."""
     with connected() as llmos:
         llmos.delete_adapter(model, adapter)
+        if as_json:
+            return print_json(llmos.adapters(model))
     typer.echo(f"{model} has no adapter {adapter} any more")

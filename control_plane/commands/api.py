@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,30 +52,48 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> dict[str, Any]:
-    """Show a job's events until it has ended, and return it.
+def show_job(llmos: ControlPlane, job: dict[str, Any], wait: bool, as_json: bool) -> None:
+    """A job that was just submitted: follow it, or only say its id."""
+    if wait:
+        follow(llmos, job["id"], as_json=as_json)
+    elif as_json:
+        print_json(job)
+    else:
+        typer.echo(job["id"])
 
-    Exit code 1 unless it succeeded, or when Ctrl-C leaves it running; 3 if it succeeded and found a proof that fails.
+
+def follow(
+    llmos: ControlPlane, job_id: str, after: int = 0, *, with_log: bool = False, as_json: bool = False
+) -> dict[str, Any]:
+    """Show a job's events until it has ended, and return it; ``with_log`` also the lines that its children print.
+
+    ``as_json`` shows nothing but the job as it ended. Exit code 1 unless it succeeded, or when Ctrl-C leaves it
+    running; 3 if it succeeded and found a proof that fails.
     """
     from control_plane.launcher.console import Screen
     from control_plane.subprocesses import ChildEvent
 
     screen = Screen()
     job = llmos.job(job_id)
-    screen.line(f"job {job_id}")
+    if not as_json:
+        screen.line(f"job {job_id}")
     try:
-        with screen.child(job["kind"]) as on_event:
+        with nullcontext(lambda event: None) if as_json else screen.child(job["kind"]) as on_event:
             for event in llmos.follow_job(job_id, after):
-                on_event(ChildEvent(event["event"], event))
+                if with_log or event["event"] != "log":
+                    on_event(ChildEvent(event["event"], event))
             job = llmos.job(job_id)
+            if as_json:
+                print_json(job)
             if job["state"] != "SUCCEEDED":
                 typer.echo(f"llmos: the job ended {job['state']}: {job['error']}", err=True)
                 raise typer.Exit(1)
     except KeyboardInterrupt:
-        screen.line(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}")
+        typer.echo(f"The job goes on. llmos jobs watch {job_id} · llmos jobs cancel {job_id}", err=True)
         raise typer.Exit(1) from None
     result = (job["result"] or {}).items()
-    print_table(["result", ""], [[name, str(value)] for name, value in result if not isinstance(value, list)])
+    if not as_json:
+        print_table(["result", ""], [[name, str(value)] for name, value in result if not isinstance(value, list)])
     if (job["result"] or {}).get("passed") is False:
         typer.echo("llmos: the proof failed: the version is not equal to its checkpoint", err=True)
         raise typer.Exit(3)
@@ -83,7 +101,7 @@ def follow(llmos: ControlPlane, job_id: str, after: int = 0) -> dict[str, Any]:
 
 
 def named_values(texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE with VALUE as JSON where it is some, else as text; raises BadRequest."""
+    """NAME=VALUE with VALUE as JSON where it is some, else as text, as NaN is; raises BadRequest."""
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -91,6 +109,7 @@ def named_values(texts: list[str]) -> dict[str, Any]:
             raise BadRequest(f"{text!r} is no parameter; expected NAME=VALUE")
         try:
             values[name] = json.loads(value)
+            json.dumps(values[name], allow_nan=False)
         except ValueError:
             values[name] = value
     return values

@@ -63,10 +63,13 @@ def withdraw(model: Model, reason: Reason = None, as_json: AsJson = False) -> No
 def retire(
     model: Model,
     version: Annotated[int, typer.Argument(help="The version that is never to be served again.")],
+    as_json: AsJson = False,
 ) -> None:
     """Take a version out of use for good."""
     with connected() as llmos:
-        llmos.retire_version(model, version)
+        retired = llmos.retire_version(model, version)
+    if as_json:
+        return print_json(retired)
     typer.echo(f"version {version} of {model} is retired")
 
 

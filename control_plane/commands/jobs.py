@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, named_values, print_json, print_table
+from control_plane.commands.api import AsJson, connected, follow, named_values, print_json, print_table, show_job
 
 jobs = typer.Typer(help="Exports, training, proofs: long work in the background.", no_args_is_help=True)
 JobId = Annotated[str, typer.Argument(help="As llmos jobs list shows it.")]
+PARAMETERS = """Its parameters; VALUE is JSON or else text: max_steps=50, name=chat, or '"50"' for a text of digits."""
 
 
 @jobs.command()
@@ -60,43 +61,47 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
 @jobs.command()
 def submit(
     kind: Annotated[str, typer.Argument(help="As llmos jobs kinds shows it.")],
-    parameters: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE…", help="Its parameters.")] = None,
+    parameters: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE…", help=PARAMETERS)] = None,
     priority: Annotated[int, typer.Option(help="-100 to 100; higher is sooner.")] = 0,
     key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Start a job and follow it; Ctrl-C leaves it running."""
     with connected() as llmos:
         job = llmos.submit_job(kind, named_values(parameters or []), priority=priority, idempotency_key=key)
-        if not wait:
-            typer.echo(job["id"])
-            return
-        follow(llmos, job["id"])
+        show_job(llmos, job, wait, as_json)
 
 
 @jobs.command()
-def watch(job_id: JobId) -> None:
+def watch(
+    job_id: JobId,
+    with_log: Annotated[bool, typer.Option("--log", help="Also the lines that its child processes print.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show a job's events until it has ended; Ctrl-C leaves it running."""
     with connected() as llmos:
-        follow(llmos, job_id)
+        follow(llmos, job_id, with_log=with_log, as_json=as_json)
 
 
 @jobs.command()
-def cancel(job_id: JobId) -> None:
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     """End a job, whether it has begun or not."""
     with connected() as llmos:
         job = llmos.cancel_job(job_id)
-        typer.echo("CANCELLING" if job["is_cancelling"] else job["state"])
+    if as_json:
+        return print_json(job)
+    typer.echo("CANCELLING" if job["is_cancelling"] else job["state"])
 
 
 @jobs.command()
-def retry(job_id: JobId) -> None:
+def retry(job_id: JobId, as_json: AsJson = False) -> None:
     """Run a failed or cancelled job again, from its last finished step on, and follow it."""
     with connected() as llmos:
         # Only what is said from now on.
         after = max((event["id"] for event in llmos.job_events(job_id)), default=0)
         llmos.retry_job(job_id)
-        follow(llmos, job_id, after)
+        follow(llmos, job_id, after, as_json=as_json)
 
 
 def _parameters(kind: dict[str, Any]) -> list[tuple[str, bool]]:

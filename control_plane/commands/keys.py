@@ -24,6 +24,7 @@ def create(
     tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens of prompts and answers on /v1.")] = None,
     days: Annotated[int | None, typer.Option(min=1, max=36500, help="After so many days it expires.")] = None,
     direct: Annotated[bool, typer.Option("--direct", help="Write into the database, whatever runs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key and print it, this once."""
     limits: dict[str, Any] = {
@@ -33,8 +34,11 @@ def create(
         "tokens_per_minute": tokens_per_minute,
     }
     expires_at = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    key = None if direct else _create_over_api(name, role, limits, expires_at)
-    typer.echo(key or _create_directly(name, role, limits, expires_at))
+    made = None if direct else _create_over_api(name, role, limits, expires_at)
+    made = made or {"key": _create_directly(name, role, limits, expires_at)}
+    if as_json:
+        return print_json(made)
+    typer.echo(made["key"])
 
 
 @keys.command("list")
@@ -50,20 +54,27 @@ def list_keys(as_json: AsJson = False) -> None:
 
 
 @keys.command()
-def revoke(prefix: Annotated[str, typer.Argument(help="As llmos keys list shows it.")]) -> None:
+def revoke(
+    prefix: Annotated[str, typer.Argument(help="As llmos keys list shows it.")], as_json: AsJson = False
+) -> None:
     """Refuse a key from now on; streams that it has open end within seconds."""
     with connected() as llmos:
-        typer.echo(llmos.revoke_key(prefix)["state"])
+        key = llmos.revoke_key(prefix)
+    if as_json:
+        return print_json(key)
+    typer.echo(key["state"])
 
 
-def _create_over_api(name: str, role: str, limits: dict[str, Any], expires_at: datetime | None) -> str | None:
-    """The new key, or None if there is nobody to ask."""
+def _create_over_api(
+    name: str, role: str, limits: dict[str, Any], expires_at: datetime | None
+) -> dict[str, Any] | None:
+    """The new key with what it may do, or None if there is nobody to ask."""
     from control_plane.client import ApiError, Unreachable
 
     expires = None if expires_at is None else expires_at.isoformat()
     try:
         with connected() as llmos:
-            return str(llmos.create_key(name, role, **limits, expires_at=expires)["key"])
+            return llmos.create_key(name, role, **limits, expires_at=expires)
     except (Unauthorized, Unreachable):
         # This is how the first key is made: nothing runs yet, or no key is there to ask with.
         return None

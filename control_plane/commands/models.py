@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from control_plane.commands.api import AsJson, connected, follow, mib, named_values, print_json, print_table
+from control_plane.commands.api import AsJson, connected, mib, named_values, print_json, print_table, show_job
 from control_plane.commands.traffic import traffic
 from control_plane.errors import BadRequest
-
-if TYPE_CHECKING:
-    from control_plane.client import ControlPlane
 
 models = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 models.command("traffic")(traffic)
@@ -73,6 +70,7 @@ def alias(
     name: Annotated[str, typer.Argument(help="A model.")],
     alias_name: Annotated[str, typer.Argument(metavar="ALIAS", help="A name of your own, for example stable.")],
     version: Annotated[int | None, typer.Argument(help="The version it points to; left out, it is removed.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Point an alias to a version, or remove it; requests for MODEL@ALIAS go there while it is loaded."""
     with connected() as llmos:
@@ -80,6 +78,8 @@ def alias(
             llmos.delete_alias(name, alias_name)
         else:
             llmos.set_alias(name, alias_name, version)
+        if as_json:
+            print_json(llmos.model(name))
 
 
 @models.command()
@@ -88,6 +88,7 @@ def threshold(
     metric: Annotated[str, typer.Argument(help="SUITE.METRIC, as llmos models evaluations shows them.")],
     least: Annotated[float | None, typer.Option("--min", help="At least so much.")] = None,
     most: Annotated[float | None, typer.Option("--max", help="At most so much.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a version must reach before it may be served; without --min and --max the limit is removed."""
     given = {key: value for key, value in (("min", least), ("max", most)) if value is not None}
@@ -95,7 +96,9 @@ def threshold(
         model = llmos.model(name)
         thresholds = {other: limits for other, limits in model["thresholds"].items() if other != metric}
         thresholds |= {metric: given} if given else {}
-        llmos.edit_model(name, model["revision"], thresholds=thresholds)
+        model = llmos.edit_model(name, model["revision"], thresholds=thresholds)
+    if as_json:
+        print_json(model)
 
 
 @models.command()
@@ -122,10 +125,11 @@ def import_checkpoint(
     name: Annotated[str, typer.Argument(help="What it is called here.")],
     key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint, store it, and give it a name that llmos publish takes."""
     with connected() as llmos:
-        _show_job(llmos, llmos.import_checkpoint(_path_or_id(source), name, idempotency_key=key), wait)
+        show_job(llmos, llmos.import_checkpoint(_path_or_id(source), name, idempotency_key=key), wait, as_json)
 
 
 def publish(
@@ -141,6 +145,7 @@ def publish(
     canary: Annotated[float | None, typer.Option(min=0, max=100, help="Or give it so many percent.")] = None,
     key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Export a checkpoint, prove it, store it, and register it as the next version of a model; --promote serves it."""
     if promote and canary is not None:
@@ -157,7 +162,7 @@ def publish(
             weight=canary,
             idempotency_key=key,
         )
-        _show_job(llmos, job, wait)
+        show_job(llmos, job, wait, as_json)
 
 
 def evaluate(
@@ -168,12 +173,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Read no more tokens, pairs or documents.")] = None,
     key: Annotated[str | None, typer.Option(help="The same key again gives the same job.")] = None,
     wait: Annotated[bool, typer.Option(help="Show its events until it has ended.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a version and record its metrics, for people and for thresholds."""
     with connected() as llmos:
         files = [os.path.abspath(path) for path in data or ()]
         job = llmos.evaluate(name, version, suite=suite, data=files or None, limit=limit, idempotency_key=key)
-        _show_job(llmos, job, wait)
+        show_job(llmos, job, wait, as_json)
 
 
 def _path_or_id(given: str) -> str:
@@ -183,13 +189,6 @@ def _path_or_id(given: str) -> str:
 def _suite(text: str) -> tuple[str, str | None]:
     suite, equals, path = text.partition("=")
     return suite, os.path.abspath(path) if equals else None
-
-
-def _show_job(llmos: ControlPlane, job: dict[str, Any], wait: bool) -> None:
-    if wait:
-        follow(llmos, job["id"])
-    else:
-        typer.echo(job["id"])
 
 
 def _version_cells(version: dict[str, Any] | None) -> list[str]:

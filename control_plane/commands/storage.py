@@ -21,11 +21,12 @@ def artifacts(as_json: AsJson = False) -> None:
 
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove artifacts, installed versions, old exports and leftovers that nobody needs."""
     with connected() as llmos:
-        job = follow(llmos, llmos.collect_garbage(dry_run)["id"])
+        job = follow(llmos, llmos.collect_garbage(dry_run)["id"], as_json=as_json)
     found = (job["result"] or {})["garbage"]
-    if found:
+    if found and not as_json:
         title = "would go" if dry_run else "removed"
         print_table([title, "", "MiB"], [[each["kind"], each["name"], mib(each["size_bytes"])] for each in found])

@@ -37,15 +37,25 @@ class Logprobs(Out):
     text_offset: list[int]
 
 
+class PromptLogprob(Out):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class CompletionChoice(Out):
-    """``token_ids`` and ``prompt_token_ids`` are there if ``return_token_ids`` asked for them."""
+    """``token_ids`` and ``prompt_token_ids`` are there if ``return_token_ids`` asked for them, ``prompt_logprobs`` if
+    the parameter of that name did: by token id, and null for the first token. A stream tells of the prompt once, in a
+    choice's first chunk.
+    """
 
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: str | None
     token_ids: list[int] = Field(default_factory=list)
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: list[int] = Field(default_factory=list)
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] = Field(default_factory=list)
 
 
 class PromptTokensDetails(Out):

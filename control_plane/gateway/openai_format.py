@@ -28,7 +28,7 @@ class ShownToken:
 
 @dataclass
 class Choice:
-    """One growing answer. ``num_echoed_chars`` are those before the generated text."""
+    """One growing answer. ``num_echoed_chars`` are those before the generated text; ``about_prompt`` is told once."""
 
     index: int
     text: str = ""
@@ -36,9 +36,10 @@ class Choice:
     tokens: list[ShownToken] = field(default_factory=list)
     finish_reason: str | None = None
     num_echoed_chars: int = 0
+    about_prompt: dict[str, Any] = field(default_factory=dict)
 
-    def echo(self, text: str, response: GenerateResponse) -> None:
-        """Begin with the prompt, and with its tokens if their log probabilities were asked for.
+    def echo(self, text: str, response: GenerateResponse, num_best: int) -> None:
+        """Begin with the prompt, and with its tokens, each with the ``num_best`` most likely ones in its place.
 
         ``text`` is what the client sees of the prompt. A tokenizer may read it with changes (composed characters,
         spaces at the beginning), so no token begins behind its end.
@@ -46,7 +47,8 @@ class Choice:
         self.text = text
         offset = 0
         for token, alternatives in zip(response.prompt_tokens, response.prompt_logprobs or (), strict=True):
-            self.tokens.append(ShownToken(token.decoded_token, min(offset, len(text)), alternatives))
+            shown = alternatives and best(alternatives, num_best)
+            self.tokens.append(ShownToken(token.decoded_token, min(offset, len(text)), shown))
             offset += len(token.text)
         self.num_echoed_chars = len(text)
 
@@ -67,8 +69,9 @@ class Choice:
             "logprobs": _logprobs_object(self.tokens) if with_logprobs and self.tokens else None,
             "finish_reason": self.finish_reason,
             "token_ids": self.token_ids,
+            **self.about_prompt,
         }
-        self.text, self.token_ids, self.tokens = "", [], []
+        self.text, self.token_ids, self.tokens, self.about_prompt = "", [], [], {}
         return taken
 
 
@@ -78,23 +81,23 @@ class Usage:
     def __init__(self, num_prompts: int) -> None:
         self._prompt_tokens = [0] * num_prompts
         self._cached_tokens = [0] * num_prompts
-        self._completion_tokens = 0
+        self._completion_tokens = [0] * num_prompts
 
     def add(self, prompt: int, response: GenerateResponse) -> None:
         self._prompt_tokens[prompt] = response.num_input_tokens or self._prompt_tokens[prompt]
         self._cached_tokens[prompt] = int(response.metrics.get("cached_tokens", self._cached_tokens[prompt]))
-        self._completion_tokens += sum(len(output.token_ids) for output in response.outputs)
+        self._completion_tokens[prompt] += sum(len(output.token_ids) for output in response.outputs)
 
-    @property
-    def total_tokens(self) -> int:
-        return sum(self._prompt_tokens) + self._completion_tokens
+    def of_prompt(self, prompt: int) -> tuple[int, int]:
+        """(prompt tokens, completion tokens) of one prompt; the former are 0 until its first response."""
+        return self._prompt_tokens[prompt], self._completion_tokens[prompt]
 
     def to_json(self) -> dict[str, Any]:
-        prompt_tokens = sum(self._prompt_tokens)
+        prompt_tokens, completion_tokens = sum(self._prompt_tokens), sum(self._completion_tokens)
         return {
             "prompt_tokens": prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self.total_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
@@ -103,6 +106,29 @@ def without_tokens(response: GenerateResponse) -> GenerateResponse:
     """What is left of a response whose request wanted the prompt only."""
     outputs = tuple(SequenceOutput(output.index, "", finish_reason="length") for output in response.outputs)
     return dataclasses.replace(response, outputs=outputs)
+
+
+def best(alternatives: Sequence[TokenLogprob], num_best: int) -> tuple[TokenLogprob, ...]:
+    """The token itself, and of the others those among the ``num_best`` most likely ones."""
+    chosen, *others = alternatives
+    return (chosen, *(token for token in others if token.rank <= num_best))
+
+
+def prompt_logprobs_object(response: GenerateResponse, num_best: int) -> list[dict[str, Any] | None]:
+    """vLLM's list: per token of the prompt {token_id: {logprob, rank, decoded_token}}, None for the first."""
+    tokens = response.prompt_logprobs or ()
+    return [None if alternatives is None else _by_id(best(alternatives, num_best)) for alternatives in tokens]
+
+
+def _by_id(alternatives: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {
+        str(token.token_id): {
+            "logprob": _finite(token.logprob),
+            "rank": token.rank,
+            "decoded_token": token.decoded_token,
+        }
+        for token in alternatives
+    }
 
 
 def _logprobs_object(tokens: Sequence[ShownToken]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a client may send to /v1/completions, checked and typed.
 
-The structure is checked by pydantic, the sampling parameters by the engine's own table
-(``triton_backend.sampling_params``), so both doors say the same about the same value. Unknown fields are tolerated,
-because clients send many; fields that are known and would change the answer if ignored are refused by name.
+The structure is checked by pydantic, every sampling parameter by itself by the engine's own table
+(``triton_backend.sampling_params``), so both doors say the same about the same value. What values must be to each other
+the engine checks, which knows what the model's own defaults are. Unknown fields are tolerated, because clients send
+many; fields that are known and would change the answer if ignored are refused by name.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[A-Za-z0-9][A-Za-z0-
 """A model, or one of its aliases or versions: chat, chat@canary, chat@3."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED,
     "add_special_tokens": (None, True),
-    "logits_processors": (None, []),
     "prompt_embeds": (None,),
     "return_tokens_as_token_ids": (None, False),
     "suffix": (None, ""),
 }
-"""Known to OpenAI or vLLM, not to us, with the values that ask for nothing; the engine's own list is UNSUPPORTED."""
+"""Known to OpenAI or vLLM, not to us, with the values that ask for nothing."""
 _ENGINE_PARAMETERS = {*FIELDS, *ALIASES, *OTHER_PARAMETERS}
 
 
@@ -93,6 +94,7 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    prompt_logprobs: Annotated[int, Field(strict=False)] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
 
@@ -104,8 +106,10 @@ class CompletionRequest(BaseModel):
         values["max_tokens"] = 1 if self.is_prompt_only else self._max_tokens
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
-        if self.needs_prompt_tokens:
-            values["prompt_logprobs"] = self.logprobs or 0
+        if self.needs_prompt_tokens or self.prompt_logprobs is not None:
+            # With their log probabilities, if only of themselves, the engine tells of the prompt's tokens.
+            of_echo = self.logprobs if self.echo else None
+            values["prompt_logprobs"] = max(self.prompt_logprobs or 0, of_echo or 0)
         return {name: value for name, value in values.items() if name in _ENGINE_PARAMETERS and value is not None}
 
     @property
@@ -114,9 +118,21 @@ class CompletionRequest(BaseModel):
         return bool(self.echo) and type(self._max_tokens) is int and self._max_tokens == 0
 
     @property
-    def needs_prompt_tokens(self) -> bool:
+    def is_truncated(self) -> bool:
+        """Whether the engine may read less of a prompt than the client sent."""
+        return (self.model_extra or {}).get("truncate_prompt_tokens") is not None
+
+    @property
+    def echoes_tokens(self) -> bool:
         """Whether the echo takes more than the text that the client sent."""
-        return bool(self.echo) and (self.logprobs is not None or any(prompt.text is None for prompt in self.prompt))
+        has_ids = any(prompt.text is None for prompt in self.prompt)
+        return bool(self.echo) and (self.logprobs is not None or has_ids or self.is_truncated)
+
+    @property
+    def needs_prompt_tokens(self) -> bool:
+        """Whether only the engine knows what of the prompt is to be answered."""
+        has_text = any(prompt.text is not None for prompt in self.prompt)
+        return self.echoes_tokens or (bool(self.return_token_ids) and (has_text or self.is_truncated))
 
     @property
     def _max_tokens(self) -> Any:
@@ -133,18 +149,20 @@ class CompletionRequest(BaseModel):
 
 
 def parse_completion(body: bytes) -> tuple[CompletionRequest, SamplingParams]:
-    """Parse and check a request body; raises BadRequest naming field, value and expectation."""
+    """Parse and check a request body; raises BadRequest naming field, value and expectation.
+
+    The SamplingParams are what the client named over the engine's own defaults; the model's are not known here.
+    """
     document = _json_object(body)
     try:
         request = CompletionRequest.model_validate(document)
-        values = dict(request.model_extra or {})
-        _refuse(values)
-        params = SamplingParams.from_mapping({**_only(UNSUPPORTED, values), **request.sampling})
+        _refuse(request.model_extra or {})
+        params = _parsed(request.sampling)
     except ValidationError as error:
         raise BadRequest(_sentence(error)) from None
     except InvalidRequest as error:
         raise BadRequest(error.args[0]) from None
-    if request.needs_prompt_tokens and params.decoder_input_ids:
+    if request.echoes_tokens and params.decoder_input_ids:
         raise BadRequest("decoder_input_ids and echo are both given, but what is echoed is the prompt; leave one out")
     if not MODEL_NAME.fullmatch(request.model):
         raise NotFound(f"model {request.model!r:.200} does not exist; GET /v1/models lists those that do")
@@ -172,8 +190,12 @@ def _refuse(values: Mapping[str, Any]) -> None:
             raise BadRequest(f"{name} has value {_shown(values[name])}, but it is not supported; leave it out")
 
 
-def _only(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in names}
+def _parsed(sampling: Mapping[str, Any]) -> SamplingParams:
+    fields = {name: ALIASES.get(name, name) for name in sampling}
+    values: dict[str, Any] = {
+        field: FIELDS[field].parse(name, sampling[name]) for name, field in fields.items() if field in FIELDS
+    }
+    return SamplingParams(**values)
 
 
 def _is_token_ids(value: Any) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound, ServingError
-from control_plane.gateway.openai_format import Choice, Usage, without_tokens
-from control_plane.gateway.schemas import CompletionRequest
+from control_plane.errors import ClientGone, ControlPlaneError, ModelNotReady, NotFound, RequestTimeout, ServingError
+from control_plane.gateway.openai_format import Choice, Usage, prompt_logprobs_object, without_tokens
+from control_plane.gateway.schemas import CompletionRequest, Prompt
 from control_plane.registry.model_directory import folder_of
 from control_plane.registry.routing import Route, Router
 from control_plane.settings import Settings
@@ -20,6 +20,9 @@ from control_plane.triton import GenerateCall, TritonClient
 from triton_backend.protocol import GenerateResponse
 from triton_backend.sampling_params import SamplingParams
 from triton_backend.version_folder import MANIFEST_JSON
+
+CHARS_PER_TOKEN = 4
+"""How long a token of a text is, roughly, where nobody said; OpenAI's limits count so, too."""
 
 
 class Completion:
@@ -49,15 +52,21 @@ class Completion:
         self._settings = settings
         self._request = request
         self._is_abandoned = is_abandoned
+        self._params = params
         self._n = params.n
+        self._was_left = False
         self._usage = Usage(len(request.prompt))
         echoed = [prompt.text or "" if request.echo else "" for prompt in request.prompt for _ in range(params.n)]
         self._choices = [Choice(index, text) for index, text in enumerate(echoed)]
 
     @property
-    def total_tokens(self) -> int:
-        """Of its prompts and of what was generated so far."""
-        return self._usage.total_tokens
+    def charged_tokens(self) -> int:
+        """Of its prompts and of everything that was generated for them, estimated where the engine did not say.
+
+        Candidates that are not returned (``best_of``, beams) count as much as those that are. What nobody waited for
+        any more counts as OpenAI's limits count a request: its length, and ``max_tokens`` for every candidate.
+        """
+        return sum(self._charge(index, prompt) for index, prompt in enumerate(self._request.prompt))
 
     def whole(self) -> dict[str, Any]:
         """The complete answer; raises the first error of any prompt."""
@@ -82,8 +91,8 @@ class Completion:
                 self._first_token_s = self._time_to_first_token(response, stream)
             if self._request.is_prompt_only:
                 response = without_tokens(response)
-            if self._request.needs_prompt_tokens and response.prompt_tokens:
-                self._echo(prompt, response)
+            if not self._has_begun(prompt):
+                self._begin(prompt, response)
             self._usage.add(prompt, response)
             for output in response.outputs:
                 choice = self._choices[prompt * self._n + output.index]
@@ -107,12 +116,38 @@ class Completion:
     def _choices_of(self, prompt: int) -> list[Choice]:
         return self._choices[prompt * self._n : (prompt + 1) * self._n]
 
-    def _echo(self, prompt: int, response: GenerateResponse) -> None:
-        text = self._request.prompt[prompt].text
-        if text is None:
-            text = "".join(token.text for token in response.prompt_tokens)
+    def _has_begun(self, prompt: int) -> bool:
+        return self._usage.of_prompt(prompt)[0] > 0
+
+    def _begin(self, prompt: int, response: GenerateResponse) -> None:
+        """What the first response to a prompt tells of it."""
+        request = self._request
+        about: dict[str, Any] = {}
+        if request.return_token_ids:
+            told = [token.token_id for token in response.prompt_tokens]
+            about["prompt_token_ids"] = told or list(request.prompt[prompt].token_ids)
+        if request.prompt_logprobs is not None:
+            about["prompt_logprobs"] = prompt_logprobs_object(response, request.prompt_logprobs)
         for choice in self._choices_of(prompt):
-            choice.echo(text, response)
+            choice.about_prompt = about
+            if request.echoes_tokens:
+                choice.echo(self._echoed_text(prompt, response), response, request.logprobs or 0)
+
+    def _echoed_text(self, prompt: int, response: GenerateResponse) -> str:
+        text = self._request.prompt[prompt].text
+        if text is None or self._request.is_truncated:
+            return "".join(token.text for token in response.prompt_tokens)
+        return text
+
+    def _charge(self, index: int, prompt: Prompt) -> int:
+        num_candidates = self._params.num_sequences
+        if self._has_begun(index):
+            prompt_tokens, completion_tokens = self._usage.of_prompt(index)
+            return prompt_tokens + -(-completion_tokens * num_candidates // self._n)
+        if not self._was_left:
+            return 0
+        length = len(prompt.token_ids) if prompt.text is None else len(prompt.text) // CHARS_PER_TOKEN + 1
+        return length + num_candidates * self._params.max_tokens
 
     def _counted(self, choices: Generator[Choice, None, None]) -> Generator[Choice, None, None]:
         """The choices; how they ended is told to the traffic recorder."""
@@ -123,12 +158,15 @@ class Completion:
             outcome = OK
         except ControlPlaneError as error:
             outcome = error.code
+            self._was_left = isinstance(error, (ClientGone, RequestTimeout))
             raise
         except GeneratorExit:
-            outcome = CLIENT_GONE
+            outcome, self._was_left = CLIENT_GONE, True
             raise
         finally:
-            self._record(outcome)
+            # Clients may go after the last token, without waiting for [DONE].
+            is_complete = all(choice.finish_reason for choice in self._choices)
+            self._record(OK if outcome == CLIENT_GONE and is_complete else outcome)
 
     def _time_to_first_token(self, response: GenerateResponse, stream: bool) -> float | None:
         if any(output.token_ids for output in response.outputs) and stream:
@@ -190,10 +228,7 @@ class Completion:
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         document = choice.take(with_logprobs=self._request.logprobs is not None)
-        if self._request.return_token_ids:
-            ids = self._request.prompt[choice.index // self._n].token_ids
-            document["prompt_token_ids"] = list(ids) or None
-        else:
+        if not self._request.return_token_ids:
             del document["token_ids"]
         return document
 

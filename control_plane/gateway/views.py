@@ -91,7 +91,7 @@ def create_completion() -> Response:
 
     def end() -> None:
         slots.release()
-        limits.spend_tokens(principal, completion.total_tokens)
+        limits.spend_tokens(principal, completion.charged_tokens)
 
     try:
         response = _event_stream(completion.chunks()) if body.stream else jsonify(completion.whole())

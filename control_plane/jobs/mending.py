@@ -1,7 +1,7 @@
 """What keeps jobs going: every worker looks, again and again, for jobs of dead workers and for queues that sleep.
 
 It writes by compare-and-set, so that several may look at once. Every hour it clears folders of jobs that cannot be
-run again.
+run again, and what jobs said that ended as long ago.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ import redis
 import structlog
 from celery import Celery
 from flask import Flask
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 
 from control_plane.databases import UNREACHABLE, reason_of
 from control_plane.extensions import db, now
 from control_plane.jobs.services import JOB_ID, change, this_machine, wake
-from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
+from control_plane.jobs.tables import CANCELLED, ENDED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job, JobEvent
 from control_plane.settings import Settings
 
 MEND_S = 2.0
 AFTER_AN_OUTAGE_S = 5.0
 TIDY_S = 3600.0
+EVENTS_AT_ONCE = 1000
+"""So many are deleted in one transaction: whoever else writes waits no longer than that takes."""
 CLOCK_TOLERANCE = timedelta(minutes=5)
 """Another machine's clock may still allow a retry."""
 MAX_ATTEMPTS = 3
@@ -54,6 +56,7 @@ def keep_mending(app: Flask, stopping: threading.Event) -> None:
                 mend(app.extensions["celery"])
                 if time.monotonic() - tidied_at >= TIDY_S:
                     remove_old_folders(app.config["SETTINGS"])
+                    remove_old_events(app.config["SETTINGS"])
                     tidied_at = time.monotonic()
             was_away = False
         except UNREACHABLE as error:
@@ -101,6 +104,19 @@ def remove_old_folders(settings: Settings) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             log.info("job_folder_removed", job=folder.name)
     db.session.rollback()
+
+
+def remove_old_events(settings: Settings) -> None:
+    """Delete the events of jobs that ended before the limit of retries; the jobs stay."""
+    latest = now() - settings.retry_limit - CLOCK_TOLERANCE
+    of_old_jobs = select(JobEvent.id).join(Job).where(Job.state.in_(ENDED), Job.finished_at < latest)
+    batch, num_deleted = delete(JobEvent).where(JobEvent.id.in_(of_old_jobs.limit(EVENTS_AT_ONCE))), 0
+    while deleted := db.session.execute(batch).rowcount:  # type: ignore[attr-defined]
+        db.session.commit()
+        num_deleted += deleted
+    db.session.rollback()
+    if num_deleted:
+        log.info("job_events_removed", num_events=num_deleted)
 
 
 def _has_ended_before(job: Job, latest: datetime) -> bool:

@@ -37,6 +37,9 @@ FLUSH_S = 0.25
 POLL_S = 0.5
 DATABASE_PATIENCE_S = 60.0
 MAX_EVENT_CHARS = 20_000
+MAX_LOG_LINES = 10_000
+"""Of one run of a job; what its children print beyond that is not recorded."""
+MAX_LINE_CHARS = 2_000
 
 log = structlog.get_logger(__name__)
 
@@ -127,6 +130,7 @@ class Runner:
         self._step = ""
         self._lock = threading.Lock()
         self._events: list[dict[str, Any]] = []
+        self._num_lines = 0
         self._flushed_at = 0.0
         self._stopped: ControlPlaneError | None = None
         self._done = threading.Event()
@@ -162,6 +166,7 @@ class Runner:
                 folder=PROJECT_ROOT,
                 good_statuses=good_statuses,
                 on_start=self._started,
+                on_line=self._note_line,
             )
         except ControlPlaneError:
             self._check()  # If it was stopped from here, that is the reason.
@@ -247,10 +252,22 @@ class Runner:
         self._record(fields)
         self._check()
 
+    def _note_line(self, stream: str, line: str) -> None:
+        """One log line of the child, from the thread that reads it; it is written with the next events or heartbeat."""
+        if not line:
+            return
+        with self._lock:
+            self._num_lines += 1
+            if self._num_lines > MAX_LOG_LINES + 1:
+                return
+            if self._num_lines > MAX_LOG_LINES:
+                line = f"… more than {MAX_LOG_LINES} lines; further ones of this run are left out"
+            self._events.append({"event": "log", "stream": stream, "message": _cut(line, MAX_LINE_CHARS)})
+
     def _record(self, event: dict[str, Any]) -> None:
         text = event.get("message")
-        if isinstance(text, str) and len(text) > MAX_EVENT_CHARS:
-            event = {**event, "message": text[:MAX_EVENT_CHARS] + "…"}
+        if isinstance(text, str):
+            event = {**event, "message": _cut(text, MAX_EVENT_CHARS)}
         with self._lock:
             self._events.append(event)
         if time.monotonic() - self._flushed_at >= FLUSH_S:
@@ -316,3 +333,7 @@ class Runner:
             child = self._child
             if child is not None:
                 stop_group(child)
+
+
+def _cut(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else text[:max_chars] + "…"

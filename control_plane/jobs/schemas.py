@@ -76,7 +76,10 @@ class JobOut(Out):
 
 
 class EventOut(Out):
-    """What a job's child or its runner said: an object with further keys, according to ``event``."""
+    """What a job's child or its runner said: an object with further keys, according to ``event``.
+
+    ``log`` is a plain line that the child printed: ``stream`` is stdout or stderr, ``message`` the line.
+    """
 
     model_config = ConfigDict(extra="allow")
 

@@ -54,6 +54,10 @@ class WorkerUnavailable(ControlPlaneError):
     code = "worker_unavailable"
 
 
+class RedisUnavailable(WorkerUnavailable):
+    """No worker can be asked."""
+
+
 @dataclass(frozen=True)
 class WorkerPing:
     """A worker ran the canary; ``clock_s`` is its clock, in seconds since the epoch."""
@@ -79,7 +83,7 @@ def ping_worker(celery: Celery, timeout_s: float, queue: str = "default") -> Wor
     except (OperationalError, redis.RedisError, OSError) as error:
         # Where it is and what it said is not for everybody who sees the page.
         log.warning("redis_does_not_answer", reason=str(error))
-        raise WorkerUnavailable("Redis does not answer; see the log of the web server") from error
+        raise RedisUnavailable("Redis does not answer; see the log of the reconciler") from error
     if reply is None:
         raise WorkerUnavailable(f"no worker ran the canary task within {timeout_s:g} s")
     answer = json.loads(reply[1])
@@ -143,7 +147,9 @@ def check_params(kind: JobKind, params: Mapping[str, Any]) -> JobParams:
         return kind.params.model_validate_json(json.dumps(params), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(["params", *map(str, first["loc"])])
+        # Of a key that is refused, the value shown is the key itself.
+        parts = (*first["loc"][:-2], "keys") if first["loc"][-1:] == ("[key]",) else first["loc"]
+        name = ".".join(["params", *map(str, parts)])
         raise BadRequest(f"{name} has value {first.get('input')!r:.100}; {first['msg']}") from None
 
 

@@ -59,7 +59,10 @@ class Job(Base):
 
 
 class JobEvent(Base):
-    """One JSON line of a job's child, or one of the runner's own; ``id`` orders them and names the live event."""
+    """One line of a job's child, JSON or (as event ``log``) plain, or an event of the runner's own.
+
+    ``id`` orders them and names the live event.
+    """
 
     __tablename__ = "job_events"
 

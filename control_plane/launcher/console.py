@@ -53,7 +53,7 @@ class Screen:
                 task = progress.add_task(title, total=None)
 
                 def show(event: ChildEvent) -> None:
-                    self._print_previous(event)
+                    self._print_lines(event)
                     if event.event in ("step", "progress"):
                         done, total = event.fields.get("done"), event.fields.get("total")
                         progress.update(task, description=f"{title}: {event.step}", completed=done, total=total)
@@ -62,12 +62,16 @@ class Screen:
         self.done(title, started_at)
 
     def _print_steps(self, event: ChildEvent) -> None:
-        self._print_previous(event)
+        self._print_lines(event)
         if event.event == "step" and "rss_bytes" not in event.fields:
             self.line(f"    {event.step}")
 
-    def _print_previous(self, event: ChildEvent) -> None:
-        """A child that measures its steps says of each, when the next begins, what it took."""
+    def _print_lines(self, event: ChildEvent) -> None:
+        """Log lines, warnings, and what a step took: a child that measures its steps says so when the next begins."""
+        if event.event == "log":
+            self.line(f"    {event.message}")
+        if event.event == "warning":
+            self.line(f"    warning: {event.message}")
         previous = event.fields.get("previous")
         if event.event == "step" and previous:
             mib = previous["peak_rss_bytes"] / (1 << 20)

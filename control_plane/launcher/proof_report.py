@@ -65,6 +65,9 @@ def plan_table(plan: Fields) -> Table:
     ]
     if plan["lora_bytes"]:
         rows.insert(6, ("adapters", f"{size(plan['lora_bytes'])} for all slots"))
+    if plan["ignored_settings"]:
+        asked = ", ".join(f"{name} {value}" for name, value in plan["ignored_settings"].items())
+        rows.append(("not by itself", f"the checkpoint asks generate for {asked}: ask for it in requests, if at all"))
     return _table(rows)
 
 

@@ -31,6 +31,12 @@ STOP_TIMEOUT_S = 60.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Stopped(ControlPlaneError):
+    """Somebody stopped a start whose end was waited for."""
+
+    code = "stopped"
+
+
 def up(settings: Settings, screen: Screen, detach: bool = False) -> None:
     """Start what is missing and run until stopped, or, detached, return when everything is ready."""
     try:
@@ -94,6 +100,8 @@ def _up(settings: Settings, screen: Screen, detach: bool) -> None:
             _wait(settings, supervisord)
     except KeyboardInterrupt:
         screen.line()
+        if detach:
+            raise Stopped("llmos was stopped before everything was ready; llmos up --detach starts it again") from None
     finally:
         if not is_left_running:
             with screen.step("stop everything"):

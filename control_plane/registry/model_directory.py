@@ -31,7 +31,7 @@ from control_plane.errors import BadRequest, ControlPlaneError
 from control_plane.registry.places import CANARY_SUFFIX, Place, model_of, possible_places
 from triton_backend.errors import VersionFolderError
 from triton_backend.protocol import INPUTS, OUTPUTS, TensorSpec
-from triton_backend.version_folder import MANIFEST_JSON, digest, verify
+from triton_backend.version_folder import MANIFEST_JSON, digest, read_manifest, verify
 
 if TYPE_CHECKING:
     from control_plane.artifacts import ArtifactStore
@@ -116,11 +116,12 @@ def _copy(source: Path, target: Path) -> None:
     staged = target.with_name(f".{target.name}.staged-{os.getpid()}")
     shutil.rmtree(staged, ignore_errors=True)
     try:
-        durable_folders.require_space(target.parent, size_bytes(source))
-        shutil.copytree(source, staged)
+        durable_folders.copy_files(source, [*read_manifest(source)["files"], MANIFEST_JSON], staged)
         os.rename(staged, target)
     except OSError as error:
-        raise InstallError(f"cannot copy {source} to {target}: {error}") from error
+        shutil.rmtree(staged, ignore_errors=True)
+        why = durable_folders.explain(error, target.parent, size_bytes(source))
+        raise InstallError(f"cannot copy {source} to {target}: {why}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

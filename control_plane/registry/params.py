@@ -1,4 +1,4 @@
-"""Kinds of parameters that jobs of several domains have: texts and names of models."""
+"""Kinds of parameters that jobs of several domains have: texts, names of models and of settings."""
 
 from __future__ import annotations
 
@@ -26,3 +26,4 @@ def _not_a_canary(name: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_no_nul)]
 ModelName = Annotated[str, Field(pattern=f"^{NAME.pattern}$"), AfterValidator(_not_a_canary)]
+SettingName = Annotated[str, Field(pattern="^[a-z_][a-z0-9_]{0,63}$")]

@@ -16,7 +16,7 @@ from control_plane.extensions import db
 from control_plane.jobs.kinds import JobParams, JobRun
 from control_plane.registry import checkpoints, deployments, services, serving_state
 from control_plane.registry.model_directory import is_sealed
-from control_plane.registry.params import ModelName, Text
+from control_plane.registry.params import ModelName, SettingName, Text
 from control_plane.registry.tables import IN_PROGRESS, UP_TO_DATE
 from control_plane.version_facts import read_version_facts
 from triton_backend.version_folder import digest
@@ -40,7 +40,7 @@ class ExportParams(JobParams):
     max_source_len: Annotated[int, Field(ge=1)] | None = None
     lora_slots: Annotated[int, Field(ge=0)] | None = None
     lora_rank: Annotated[int, Field(ge=1)] | None = None
-    engine: dict[str, bool | int | str] = Field(default_factory=dict)
+    engine: dict[SettingName, bool | int | str] = Field(default_factory=dict)
     certify: bool = True
 
     @property
@@ -98,7 +98,7 @@ def build(run: JobRun) -> Mapping[str, Any]:
 
 def store(run: JobRun) -> Mapping[str, Any]:
     """Publish: put what was built into the artifact store."""
-    return {"digest": artifact_store(run.settings).put(built_folder(run))}
+    return {"digest": artifact_store(run.settings).put(built_folder(run), check=lambda: run.pause(0))}
 
 
 def register(run: JobRun) -> Mapping[str, Any]:

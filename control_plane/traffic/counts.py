@@ -18,7 +18,14 @@ from dataclasses import dataclass
 BOUNDS_S = tuple(round(0.02 * 2**exponent, 2) for exponent in range(15))
 """Upper bounds of the buckets, 0.02 … 327.68 seconds; one more bucket takes what is longer."""
 OK, CLIENT_GONE = "ok", "client_gone"
-FAULTS_OF_CLIENTS = (CLIENT_GONE, "invalid_request", "invalid_api_key", "invalid_session", "forbidden")
+FAULTS_OF_CLIENTS = (
+    CLIENT_GONE,
+    "client_timeout",
+    "invalid_request",
+    "invalid_api_key",
+    "invalid_session",
+    "forbidden",
+)
 """Outcomes that say nothing against a version."""
 FIRST_TOKEN, END = "first_token", "end"
 

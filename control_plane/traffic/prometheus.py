@@ -1,4 +1,4 @@
-"""The counts of this web process as Prometheus reads them."""
+"""The counts of this web process, and when workers last answered, as Prometheus reads them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from control_plane.jobs.worker_watch import QueueState
 from control_plane.traffic.counts import BOUNDS_S, END, FIRST_TOKEN, Counts, buckets, outcomes
 
 LABELS = ("model", "version")
@@ -21,7 +22,9 @@ COUNTERS = {
     "prompt_tokens": ("llmos_prompt_tokens", "Prompt tokens of requests that have ended."),
     "completion_tokens": ("llmos_completion_tokens", "Generated tokens of requests that have ended."),
 }
+WORKER_ANSWER = "llmos_worker_last_answer_timestamp_seconds"
 METRICS = (
+    WORKER_ANSWER,
     "llmos_requests_total",
     *(f"{name}_total" for name, _ in COUNTERS.values()),
     *(name for name, _ in HISTOGRAMS.values()),
@@ -53,7 +56,21 @@ class _Totals(Collector):
             yield histogram
 
 
-def render(totals: Mapping[tuple[str, int], Counts]) -> str:
+class _Workers(Collector):
+    def __init__(self, queues: Mapping[str, QueueState]) -> None:
+        self._queues = queues
+
+    def collect(self) -> Iterator[Metric]:
+        text = "When a worker last showed that it consumes a queue of jobs."
+        answered = GaugeMetricFamily(WORKER_ANSWER, text, labels=("queue",))
+        for name, queue in self._queues.items():
+            if queue.answered_at is not None:
+                answered.add_metric((name,), queue.answered_at)
+        yield answered
+
+
+def render(totals: Mapping[tuple[str, int], Counts], queues: Mapping[str, QueueState]) -> str:
     registry = CollectorRegistry()
     registry.register(_Totals(totals))
+    registry.register(_Workers(queues))
     return generate_latest(registry).decode()

@@ -25,7 +25,7 @@ class FiguresOut(Out):
     requests: int
     requests_per_s: float
     errors: dict[str, int] = Field(description="requests that failed, by the code of their error")
-    error_share: float | None = Field(description="0 to 1, without client_gone and invalid_request")
+    error_share: float | None = Field(description="0 to 1, without client_gone, client_timeout and invalid_request")
     prompt_tokens: int
     completion_tokens: int
     first_token_p50_s: float | None

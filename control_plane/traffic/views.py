@@ -8,6 +8,7 @@ from apiflask import APIBlueprint
 from flask import Response, current_app
 
 from control_plane.auth.services import require_key
+from control_plane.jobs import worker_watch
 from control_plane.operations import Operation
 from control_plane.traffic import prometheus, services
 from control_plane.traffic.recorder import TrafficRecorder
@@ -29,8 +30,9 @@ def show_traffic(name: str, query: TrafficQuery) -> dict[str, Any]:
 @require_key("viewer")
 @Operation(TEXT)
 def metrics() -> Response:
-    """The requests of this web process since it started, in Prometheus' text format."""
-    return Response(prometheus.render(_recorder().totals()), content_type=f"{TEXT}; version=0.0.4; charset=utf-8")
+    """The requests of this web process since it started, and when workers last answered, as Prometheus' text."""
+    shown = prometheus.render(_recorder().totals(), worker_watch.read(current_app.config["SETTINGS"]))
+    return Response(shown, content_type=f"{TEXT}; version=0.0.4; charset=utf-8")
 
 
 def _recorder() -> TrafficRecorder:

@@ -1,7 +1,7 @@
 """Writes a trained model as a Hugging Face folder that appears whole or not at all.
 
-out.parent/.starter.4711.partial/   while the recipe runs; removed when it fails or is stopped
-out.parent/starter/                 the same folder, renamed when every file is in it
+out.parent/.starter.staged-4711/   while the recipe runs; removed when it fails or is stopped, if killed by llmos gc
+out.parent/starter/                the same folder, renamed when every file is in it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from control_plane.training.errors import OutputExists
 def staged_folder(out: Path) -> Iterator[Path]:
     """An empty folder beside ``out`` that becomes ``out`` on success. Raises OutputExists before writing anything."""
     refuse_taken(out)
-    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    staging = out.parent / f".{out.name}.staged-{os.getpid()}"
     try:
         staging.mkdir(parents=True)
         yield staging

@@ -14,12 +14,22 @@ class Live(Out):
 
 
 class ModelReadiness(Out):
-    """``state`` is ready, loading or failed; ``reason`` says why."""
+    """``state`` is ready, loading or failed; ``reason`` says why in one word, ``message`` in a sentence, null for those
+    who may not read.
+    """
 
     version: int
     state: str
     latency_ms: float | None
     reason: str | None
+    message: str | None
+
+
+class QueueReadiness(Out):
+    """Whether a worker answered when it was last asked through its queue, and how long ago one last did."""
+
+    is_answered: bool
+    answered_s_ago: float | None
 
 
 class Readiness(Out):
@@ -27,6 +37,7 @@ class Readiness(Out):
 
     status: Literal["ready", "not_ready"]
     models: dict[str, ModelReadiness]
+    queues: dict[str, QueueReadiness]
     reason: str = ""
 
 

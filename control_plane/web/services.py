@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,8 @@ from flask import Flask
 from control_plane.databases import reason_of
 from control_plane.errors import ControlPlaneError, ModelNotReady, NotFound, RequestTimeout
 from control_plane.extensions import db
-from control_plane.jobs.services import HEAVY_QUEUES, ping_worker, running_job
+from control_plane.jobs import worker_watch
+from control_plane.jobs.worker_watch import SILENCE_LIMIT_S, QueueState
 from control_plane.registry import serving_state
 from control_plane.registry.model_directory import folder_of
 from control_plane.registry.places import Place
@@ -44,14 +45,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """``state`` is ``ready`` (the engine answered a probe), ``loading`` or ``failed``; ``reason`` says why."""
+    """``state`` is ``ready`` (the engine answered a probe), ``loading`` or ``failed``.
+
+    ``reason`` says why in one word, ``message`` in a sentence, which may name paths: it is for those who may read.
+    """
 
     name: str
     version: int
     state: str
-    reason: str | None
-    latency_ms: float | None
     facts: VersionFacts
+    latency_ms: float | None = None
+    reason: str | None = None
+    message: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,26 +117,27 @@ class SystemStatus:
         facts = read_version_facts(folder_of(self._settings.model_repository, place))
         try:
             probe = self._triton.probe(*place, timeout_s=self._settings.probe_timeout_s)
-        except RequestTimeout:
-            reason = f"no answer to a probe within {self._settings.probe_timeout_s:g} s"
-        except (NotFound, ModelNotReady):
-            state = None if known is None else known[1]
-            if state is not None and state.state == serving_state.FAILED_TO_LOAD:
-                return ModelStatus(name, version, "failed", state.message or "it failed to load", None, facts)
-            why = "waiting for Triton to load it" if state is None else f"it is {state.state}"
-            return ModelStatus(name, version, "loading", why, None, facts)
+        except RequestTimeout as error:
+            why = f"no answer to a probe within {self._settings.probe_timeout_s:g} s"
+            return ModelStatus(name, version, "failed", facts, reason=error.code, message=why)
+        except (NotFound, ModelNotReady) as error:
+            if known is None:
+                why = "waiting for Triton to load it"
+                return ModelStatus(name, version, "loading", facts, reason=error.code, message=why)
+            found = known[1]
+            state = "failed" if found.state == serving_state.FAILED_TO_LOAD else "loading"
+            why = found.message or f"it is {found.state}"
+            return ModelStatus(name, version, state, facts, reason=found.reason or found.state, message=why)
         except ControlPlaneError as error:
-            reason = str(error)
-        else:
-            return ModelStatus(name, version, "ready", None, round(probe.latency_s * 1000, 1), facts)
-        return ModelStatus(name, version, "failed", reason, None, facts)
+            return ModelStatus(name, version, "failed", facts, reason=error.code, message=str(error))
+        return ModelStatus(name, version, "ready", facts, latency_ms=round(probe.latency_s * 1000, 1))
 
     def _ask_processes(self) -> list[ProcessStatus]:
         questions = [
             ("Triton", "runs the engine", self._ask_triton),
             ("Reconciler", "keeps served what the registry wants", self._ask_reconciler),
-            ("Worker", "runs light jobs", self._ask_worker),
-            ("Heavy worker", "runs exports, proofs and training", self._ask_heavy_worker),
+            ("Worker", "runs light jobs", lambda: self._ask_queues("worker")),
+            ("Heavy worker", "runs exports, proofs and training", lambda: self._ask_queues("worker-heavy")),
             ("Redis", "wakes workers", self._ask_redis),
             ("Database", "the record of everything", self._ask_database),
         ]
@@ -146,18 +152,16 @@ class SystemStatus:
             raise ControlPlaneError("no sign of life; see its log")
         return "watching"
 
-    def _ask_worker(self) -> str:
-        ping = ping_worker(self._app.extensions["celery"], PROCESS_TIMEOUT_S)
-        return f"ran a task in {ping.latency_s * 1000:.0f} ms"
-
-    def _ask_heavy_worker(self) -> str:
-        # One that is busy answers nothing, but renews its lease.
-        with self._app.app_context():
-            job_id = running_job(HEAVY_QUEUES)
-        if job_id is not None:
-            return f"runs job {job_id[:8]}"
-        ping = ping_worker(self._app.extensions["celery"], PROCESS_TIMEOUT_S, HEAVY_QUEUES[0])
-        return f"ran a task in {ping.latency_s * 1000:.0f} ms"
+    def _ask_queues(self, program: str) -> str:
+        """What the reconciler's process last heard of a worker; of several queues that of which it heard least."""
+        known = worker_watch.read(self._settings)
+        state = min((known[queue] for queue in worker_watch.WORKERS[program]), key=lambda each: each.answered_at or 0)
+        if not state.is_answered or state.answered_at is None:
+            raise ControlPlaneError(state.detail)
+        age_s = time.time() - state.answered_at
+        if age_s > SILENCE_LIMIT_S:
+            raise ControlPlaneError(f"it was last asked {age_s:.0f} s ago; see the log of the reconciler")
+        return f"{state.detail}, {age_s:.0f} s ago"
 
     def _ask_redis(self) -> str:
         with redis.Redis.from_url(self._settings.redis_url, socket_timeout=PROCESS_TIMEOUT_S) as client:
@@ -169,8 +173,13 @@ class SystemStatus:
             return str(db.engine.dialect.name)
 
 
-def health_report(models: list[ModelStatus]) -> tuple[dict[str, Any], bool]:
-    """Body of /health/ready, and whether the production version of every model (at least one) is ready."""
+def health_report(
+    models: list[ModelStatus], queues: Mapping[str, QueueState], may_read: bool
+) -> tuple[dict[str, Any], bool]:
+    """Body of /health/ready, and whether the production version of every model (at least one) is ready.
+
+    Without ``may_read`` it has no messages. Workers serve no requests, so their queues decide nothing.
+    """
     is_ready = bool(models) and all(model.state == "ready" for model in models)
     report: dict[str, Any] = {
         "status": "ready" if is_ready else "not_ready",
@@ -180,13 +189,21 @@ def health_report(models: list[ModelStatus]) -> tuple[dict[str, Any], bool]:
                 "state": model.state,
                 "latency_ms": model.latency_ms,
                 "reason": model.reason,
+                "message": model.message if may_read else None,
             }
             for model in models
+        },
+        "queues": {
+            name: {"is_answered": queue.is_answered, "answered_s_ago": _age_s(queue)} for name, queue in queues.items()
         },
     }
     if not models:
         report["reason"] = "no model has a production version"
     return report, is_ready
+
+
+def _age_s(queue: QueueState) -> float | None:
+    return None if queue.answered_at is None else round(max(0.0, time.time() - queue.answered_at), 1)
 
 
 def package_versions() -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""The index page with its live part and the health endpoints, which are public: they show states, never content. And
-the report of the system, for operators.
+"""The index page with its live part and the health endpoints, which are public: they show states, never content, and
+messages, which may name paths, only to those who may read. And the report of the system, for operators.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any
 from apiflask import APIBlueprint
 from flask import Response, current_app, jsonify, render_template, request
 
-from control_plane.auth.services import require_key
+from control_plane.auth.services import known_principal, require_key
+from control_plane.jobs import worker_watch
 from control_plane.operations import HTML, Operation
 from control_plane.settings import Settings
 from control_plane.web.schemas import Live, Readiness, SystemOut
@@ -52,8 +53,11 @@ def live() -> dict[str, str]:
 @pages.get("/health/ready")
 @Operation(Readiness, also=(503,))
 def ready() -> Response:
-    """Whether every production version answers a one-token probe; 503 if not, with the reason per model."""
-    report, is_ready = health_report(_system().models())
+    """Whether every production version answers a one-token probe; 503 if not, with the reason per model.
+
+    Those who send a key with the scope ``read``, or have signed in, also get each message.
+    """
+    report, is_ready = health_report(_system().models(), worker_watch.read(_settings()), _may_read())
     response = jsonify(report)
     response.status_code = 200 if is_ready else 503
     return response
@@ -70,7 +74,12 @@ def system() -> Mapping[str, Any]:
 
 def _live() -> dict[str, Any]:
     system = _system()
-    return {"models": system.models(), "processes": system.processes()}
+    return {"models": system.models(), "processes": system.processes(), "may_read": _may_read()}
+
+
+def _may_read() -> bool:
+    principal = known_principal()
+    return principal is not None and "read" in principal.scopes
 
 
 def _system() -> SystemStatus:

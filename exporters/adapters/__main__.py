@@ -54,7 +54,7 @@ def convert(
     name = name or peft_folder.name
     if not NAME.fullmatch(name):
         raise InvalidConfig(f"name has value {name!r}; expected letters, digits, '.', '_' and '-': pass --name")
-    check_output(out, overwrite)
+    check_output(out, overwrite, ADAPTER_JSON)
     try:
         manifest, config = read_manifest(version_folder), VersionConfig.read(version_folder)
     except VersionFolderError as error:
@@ -78,7 +78,7 @@ def convert(
     tensors: dict[str, np.ndarray] = {}
     for target, (a, b) in matrices.items():
         tensors |= {f"lora.{target}.a": a, f"lora.{target}.b": b}
-    with staged(out, overwrite) as folder:
+    with staged(out, overwrite, ADAPTER_JSON) as folder:
         save_file(tensors, folder / ADAPTER_WEIGHTS)
         write_json(folder / ADAPTER_JSON, document)
         files = {file: sha256_of(peft_folder / file) for file in (CONFIG, WEIGHTS)}

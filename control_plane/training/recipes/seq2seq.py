@@ -171,7 +171,7 @@ def train(
     started: float,
     events: Events,
 ) -> int:
-    """Train in place until the schedule ends; returns the number of steps. Raises LossNotFinite."""
+    """Train in place until the schedule ends; returns the number of steps. Raises LossNotFinite and InvalidOption."""
     evaluation_started = time.monotonic()
     evaluate(model, held_out, events)
     begun = time.monotonic()
@@ -200,6 +200,12 @@ def train(
             loss=round(loss, 4),
             learning_rate=round(learning_rate, 8),
             tokens_per_s=round(num_tokens / (time.monotonic() - begun)),
+        )
+    if step == 0:
+        prepared_s = begun - started
+        raise InvalidOption(
+            f"time_limit_s has value {config.time_limit_s:g}, and no step could be trained: what comes before training "
+            f"took {prepared_s:.0f} s, and time is kept for what comes after it; allow more"
         )
     if step < config.max_steps:
         message = f"training ended after {step} of {config.max_steps} steps to keep within {config.time_limit_s:g} s"

@@ -1,5 +1,5 @@
-// Keeps the states on the index page fresh: fetches them every few seconds and changes only what differs, so nothing
-// flickers and a selection survives.
+// Keeps the states on the index page fresh: fetches them every few seconds, with the key of the "try it" box if there is
+// one, and changes only what differs, so nothing flickers and a selection survives.
 "use strict";
 
 const INTERVAL_MS = 3000;
@@ -21,7 +21,9 @@ function sync(old, fresh) {
 
 async function refresh() {
   try {
-    const answer = await fetch("/status", { cache: "no-store" });
+    const key = document.getElementById("try").elements.key.value.trim();
+    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const answer = await fetch("/status", { cache: "no-store", headers });
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const fresh = document.createElement("div");
     fresh.innerHTML = await answer.text();

@@ -1,6 +1,7 @@
-"""A child of a job, for tests: ``python -m … FILE SECONDS [--unless FILE]``.
+"""A child of a job, for tests: ``python -m … FILE SECONDS [NEEDED] [NUM_LINES]``.
 
-Appends its pid to FILE, reports progress for SECONDS, and fails unless the file of ``--unless`` exists.
+Appends its pid to FILE, prints NUM_LINES lines that are no events, one of them long, reports progress for SECONDS, and
+fails unless the file NEEDED, if any, exists.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import time
 from pathlib import Path
 
 
-def main(file: str, seconds: str, needed: str = "") -> int:
+def main(file: str, seconds: str, needed: str = "", num_lines: str = "0") -> int:
     with Path(file).open("a") as stream:
         stream.write(f"{os.getpid()}\n")
+    for number in range(int(num_lines)):
+        print(f"line {number}" + "!" * 5000 * (number == 1), file=sys.stderr, flush=True)
     started_at = time.monotonic()
     number = 0
     while True:

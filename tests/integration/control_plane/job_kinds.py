@@ -1,7 +1,7 @@
 """Kinds of jobs for tests.
 
 ``note`` only notes that it ran. ``chain`` has two steps: ``first`` notes, ``second`` runs a child for some seconds,
-which fails as long as the file ``needed`` is missing.
+which fails as long as the file ``needed`` is missing, and prints ``num_lines`` lines.
 ``ask`` reads the database before and after a file ``answered`` appears.
 """
 
@@ -26,6 +26,7 @@ class NoteParams(JobParams):
 class ChainParams(JobParams):
     seconds: float = 0.2
     needed: str = ""
+    num_lines: int = 0
 
 
 def note(run: JobRun) -> Mapping[str, Any]:
@@ -35,7 +36,8 @@ def note(run: JobRun) -> Mapping[str, Any]:
 
 
 def second(run: JobRun) -> Mapping[str, Any]:
-    run.child(CHILD, str(run.settings.home / "children"), str(run.params.seconds), run.params.needed)
+    params = run.params
+    run.child(CHILD, str(run.settings.home / "children"), str(params.seconds), params.needed, str(params.num_lines))
     return {"after": run.results["first"]["noted"]}
 
 

@@ -18,7 +18,7 @@ from control_plane.auth.services import create_key
 from control_plane.errors import BadRequest, Conflict
 from control_plane.extensions import db, now
 from control_plane.jobs import mending, runner, services
-from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job
+from control_plane.jobs.tables import CANCELLED, FAILED, QUEUED, RUNNING, SUCCEEDED, Job, JobEvent
 
 from .processes import lock, wait_for
 from .running_jobs import child_pid, is_gone, lines
@@ -44,6 +44,18 @@ def test_a_job_runs_its_steps_and_its_events_tell_the_story(jobs, start_worker, 
     assert told == [("step", "first"), ("step", "second"), ("finished", None), ("ended", None)]
     assert {"event": "progress", "done": 0} in jobs.events(job_id)
     assert not (settings.jobs_dir / job_id).exists()
+
+
+@on_both_databases
+def test_lines_that_a_child_prints_become_events_up_to_a_limit(jobs, monkeypatch):
+    monkeypatch.setattr(runner, "MAX_LOG_LINES", 3)
+    job_id = jobs.submit("chain", {"seconds": 1, "num_lines": 10})
+    jobs.call(runner.run_next, jobs.app, "default")
+    told = [event for event in jobs.events(job_id) if event["event"] == "log"]
+    assert {event["stream"] for event in told} == {"stderr"}
+    long = "line 1" + "!" * (runner.MAX_LINE_CHARS - len("line 1")) + "…"
+    left_out = "… more than 3 lines; further ones of this run are left out"
+    assert [event["message"] for event in told] == ["line 0", long, "line 2", left_out]
 
 
 @on_both_databases
@@ -297,6 +309,22 @@ def test_folders_are_removed_when_their_job_cannot_be_run_again(jobs, settings):
         with pytest.raises(Conflict, match="ended more than 7 days ago and its files are gone; submit it again"):
             jobs.call(services.retry, celery, ids[name], settings.retry_limit)
     assert jobs.call(services.retry, celery, ids["fresh"], settings.retry_limit).state == QUEUED
+
+
+@on_both_databases
+def test_what_jobs_said_is_deleted_a_batch_at_a_time_when_they_ended_long_ago(jobs, settings, monkeypatch):
+    monkeypatch.setattr(mending, "EVENTS_AT_ONCE", 2)
+    days = {"fresh": (SUCCEEDED, 1), "done": (SUCCEEDED, 8), "failed": (FAILED, 8), "running": (RUNNING, 8)}
+    ids = {name: jobs.submit("note") for name in days}
+    with jobs.app.app_context():
+        for name, (state, age) in days.items():
+            ended_at = None if state == RUNNING else now() - timedelta(days=age)
+            services.change(Job.id == ids[name], state=state, finished_at=ended_at)
+            db.session.add_all(JobEvent(job_id=ids[name], attempt=1, event={"event": "log"}) for _ in range(5))
+        db.session.commit()
+        mending.remove_old_events(settings)
+    assert {name: len(jobs.events(ids[name])) for name in days} == {"fresh": 5, "done": 0, "failed": 0, "running": 5}
+    assert jobs.get(ids["done"]).state == SUCCEEDED
 
 
 def test_a_worker_removes_old_folders_when_it_starts(jobs, start_worker, settings):

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy
 from flask import Flask
 
-from control_plane import create_app, upgrade_database
+from control_plane import create_app, durable_folders, upgrade_database
 from control_plane.extensions import db
 from control_plane.jobs import runner
 from control_plane.jobs import services as job_services
@@ -152,6 +152,26 @@ def test_a_cancelled_job_gives_up_its_deployment_and_makes_another_when_it_runs_
         assert JobRuns(app).again(job).state == SUCCEEDED
     states = [state for _, state, _ in deployments_of(app)]
     assert sorted(states) == sorted([SUPERSEDED, UP_TO_DATE])
+
+
+def test_a_job_that_is_cancelled_while_it_stores_stops_in_the_middle(
+    app: Flask, publish, settings, llama_version, monkeypatch
+):
+    def cancel(folder: Path, needed_bytes: int) -> None:
+        """Called as the copy begins; goes on when the job has heard of it."""
+        job_id = db.session.scalar(sqlalchemy.select(Job.id).where(Job.state == RUNNING))
+        db.session.rollback()
+        job_services.cancel(job_id)
+        time.sleep(3 * runner.POLL_S)
+
+    job = publish()
+    shutil.copytree(llama_version, settings.jobs_dir / job.id / "version")
+    with monkeypatch.context() as patched:
+        patched.setattr(durable_folders, "require_space", cancel)
+        stopped = JobRuns(app).again(job, {"export": {}})
+    assert (stopped.state, stopped.error) == (CANCELLED, "cancelled on request")
+    assert [path.name for path in (settings.home / "artifacts").iterdir()] == [".lock"]
+    assert JobRuns(app).again(stopped).state == SUCCEEDED
 
 
 def test_a_worker_that_is_stopped_while_it_waits_gives_the_job_back_and_the_deployment_is_kept(app: Flask, publish):

@@ -28,6 +28,8 @@ def test_worker_runs_the_canary_and_logs_no_secret(settings, worker):
     assert ping.latency_s < 2
     assert abs(ping.clock_s - time.time()) < 5
     assert "process=worker" in worker.log.read_text()
+    # It is asked every few seconds.
+    assert "canary" not in worker.log.read_text().partition(" ready.")[2]
 
 
 def test_canary_without_a_worker_fails_within_its_time(settings, redis_process):

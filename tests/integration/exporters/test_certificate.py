@@ -17,7 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+import exporters.certificate
 import exporters.logits
 from exporters import ExportConfig, export
 from exporters.certificate import certify
@@ -78,7 +80,7 @@ def test_program_exports_proves_and_seals_a_version(llama_checkpoint: Path, tmp_
     assert min(result["num_prompt_tokens"] for result in certificate["tokens"]) == 1
     assert certificate["graph"] == events[-1]["graph"]
     assert certificate["graph"]["fused"]["num_nodes_per_layer"] < certificate["graph"]["traced"]["num_nodes_per_layer"]
-    assert certificate["tokenizer"]["equal"] is True
+    assert certificate["tokenizer"]["num_different"] == 0
     assert certificate["original_attention"] in ("sdpa", "eager")
     assert certificate["speed"]["decode_tokens_per_s"] > 0
     assert certificate["speed"]["prefill_tokens_per_s"] > 0
@@ -151,6 +153,35 @@ def test_thresholds_decide_and_are_recorded(llama_version: Path, llama_checkpoin
         assert len(result["prompt_ids"]) == result["num_prompt_tokens"]
         assert result["top"][0][0] == result["token_ids"][0]
     assert certificate["logits"]["num_positions"] > 500
+
+
+def test_every_reason_to_fail_has_a_name(
+    llama_version: Path, llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporters.certificate, "num_tokenized_differently", lambda *args: 1)
+    monkeypatch.setattr(exporters.certificate, "generate", lambda model, config, passage, num_new: [0] * num_new)
+    certificate = proof(llama_version, llama_checkpoint, tie_logit_gap=0)
+    assert certificate["passed"] is False
+    assert set(certificate["summary"]["failed"]) == {"texts_tokenized_differently", "prompts_generated_differently"}
+    assert certificate["text"]["max_difference_to_shipped_graph"] == 0, "which is as far as a gap of 0 allows"
+
+
+def test_a_text_may_hold_tokens_that_are_never_chosen(
+    make_checkpoint: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", num_hidden_layers=1)
+    path = checkpoint / "generation_config.json"
+    suppressed = tokenizer("e of the")["input_ids"]
+    settings = {"suppress_tokens": suppressed, "bad_words_ids": [[1]], "min_length": 3}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    version = export(ExportConfig(str(checkpoint), tmp_path / "out", max_model_len=48, max_num_seqs=8))
+    assert version.passed is True, version.certificate["summary"]["failed"]
+    assert not {token for result in version.certificate["tokens"] for token in result["token_ids"]} & set(suppressed)
+    assert not {token for result in version.certificate["tokens"] for token, _ in result["top"]} & set(suppressed)
+    assert 1 < version.certificate["text"]["perplexity_original"] < 1e9
+    assert version.certificate["ignored_generation_settings"] == {"min_length": 3}
+    config = VersionConfig.read(tmp_path / "out")
+    assert set(config.model.suppressed_token_ids) == set(suppressed), "an end that is a bad word still ends"
 
 
 def test_an_evaluation_text_of_one_s_own_is_used(llama_version: Path, llama_checkpoint: Path, tmp_path: Path) -> None:

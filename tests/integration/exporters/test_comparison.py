@@ -109,6 +109,24 @@ def test_differences_of_other_logits_are_added_to_those_of_the_text() -> None:
     assert top_of(np.array([1.0, 3.0, 2.0])) == ((1, 3.0), (2, 2.0), (0, 1.0))
 
 
+def test_a_suppressed_token_is_never_chosen_but_may_be_read() -> None:
+    left, right, targets = distributions(0), distributions(1), [0, 5, 2, 3, 1, 0, 4, 2, 2, 1]
+    exported = TextLogits(1, [2, 4])
+    exported.add(right, targets)
+    comparison = TextComparison(exported, [2, 4])
+    comparison.add(left, targets)
+    found, every = comparison.text(), compare(left, right, targets).text()
+    assert {name: found[name] for name in found if name != "agreement"} == {
+        name: every[name] for name in every if name != "agreement"
+    }
+    kept = [0, 1, 3, 5]
+    assert found["agreement"] == (left[:, kept].argmax(-1) == right[:, kept].argmax(-1)).numpy().mean()
+    logits = torch.tensor([[0.0, 5.0, 4.0]])
+    assert judge(logits, [2], 1, 1e-3).result == "mismatch"
+    assert judge(logits, [2], 1, 1e-3, [1]).result == "equal"
+    assert top_of(logits[0].numpy(), [1]) == ((2, 4.0), (0, 0.0))
+
+
 def test_what_is_no_number_is_no_json_either() -> None:
     logits = torch.tensor([[0.0, 5.0, -math.inf]])
     verdict = judge(logits, [2], 1, 1e-3)

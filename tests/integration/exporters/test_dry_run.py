@@ -82,6 +82,16 @@ def test_a_plan_refuses_what_the_export_would_refuse(make_checkpoint: Callable[.
         planned(checkpoint)
 
 
+def test_a_plan_lists_what_the_engine_will_not_do(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = make_checkpoint("llama")
+    (checkpoint / "generation_config.json").write_text('{"min_new_tokens": 3, "temperature": 0.5}')
+    assert planned(checkpoint).ignored_settings == {"min_new_tokens": 3}
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "hidden_act": "nope"}))
+    with pytest.raises(InvalidCheckpoint, match="KeyError: 'nope'"):
+        planned(checkpoint)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt2", "phi3", "mistral_window"])
 def test_caches_are_those_that_the_export_measures(name: str, make_checkpoint: Callable[..., Path]) -> None:
     layers = measure(make_model(name)).layers

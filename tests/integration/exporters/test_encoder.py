@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from exporters.checkpoint import open_checkpoint
 from exporters.config import ExportConfig
-from exporters.embedder import Embedder, embed, pad
+from exporters.embedder import Embedder, EmbedderProcess, embed, pad
 from exporters.encoder import BidirectionalAttention, EmbeddingStep, is_encoder, load_encoder, measure, trace
 from exporters.encoder_certificate import certify_encoder, original_embedding
 from exporters.encoder_version import write_encoder
@@ -25,6 +26,7 @@ from exporters.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint,
 from exporters.events import Progress
 from exporters.fusions import fuse
 from exporters.graph import save_graph
+from exporters.pipeline import _check_asked
 from exporters.pooling import Dense, Pooling, read_pooling
 from tests.integration.exporters.conftest import VOCAB_SIZE
 from triton_backend.config import VersionConfig
@@ -235,7 +237,7 @@ def test_a_sentence_transformers_folder_is_exported_with_its_modules_and_certifi
     assert certificate["summary"]["min_cosine"] > 0.99999
     assert min(text["num_tokens"] for text in certificate["texts"]) == 1
     assert max(text["num_tokens"] for text in certificate["texts"]) == 48
-    assert certificate["tokenizer"]["equal"] is True
+    assert certificate["tokenizer"]["num_different"] == 0
     assert certificate["speed"]["tokens_per_s"] > 0
     assert certificate["memory"]["peak_rss_bytes"] > certificate["memory"]["size_bytes"] > 0
     assert [event["done"] for event in done] == sorted({event["done"] for event in done})
@@ -320,6 +322,33 @@ def test_a_decoder_is_no_encoder_unless_it_comes_with_pooling(
     assert not is_encoder(open_checkpoint(str(llama_checkpoint)))
     assert is_encoder(open_checkpoint(str(make_folder("roberta"))))
     assert is_encoder(open_checkpoint(str(make_folder("qwen3", modules=("Pooling",)))))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "encoder_decoder"])
+def test_bf16_is_for_decoders(kind: str, tmp_path: Path) -> None:
+    asked = ExportConfig("checkpoint", tmp_path, precision="bf16", device="cuda")
+    _check_asked(asked, "decoder")
+    with pytest.raises(
+        InvalidConfig, match=f"precision has value 'bf16', in which an {kind} cannot be proven; .* fp16"
+    ):
+        _check_asked(asked, kind)
+
+
+def test_embeddings_that_are_no_numbers_fail_by_name(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder()
+    checkpoint = open_checkpoint(str(folder))
+    write_encoder(ExportConfig(str(folder), tmp_path), checkpoint, tmp_path, print)
+    embedding = EmbedderProcess.__call__
+    monkeypatch.setattr(
+        EmbedderProcess,
+        "__call__",
+        lambda self, rows: replace(found := embedding(self, rows), embeddings=found.embeddings * np.nan),
+    )
+    certificate = certify_encoder(tmp_path, checkpoint, Progress(lambda event: None, ("certify",)))
+    assert certificate["passed"] is False
+    assert "embeddings_not_finite" in certificate["summary"]["failed"]
 
 
 def test_weights_that_do_not_fit_are_named(make_folder: Callable[..., Path]) -> None:

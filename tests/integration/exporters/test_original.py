@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.checkpoint import open_checkpoint
-from exporters.errors import ExportError, InvalidCheckpoint, UnsupportedArchitecture
+from exporters.errors import ExportError, InvalidCheckpoint, UnsupportedArchitecture, reason_of
 from exporters.original import load_config, load_model
 
 pytestmark = pytest.mark.integration
@@ -73,6 +73,27 @@ def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
 def test_a_weight_that_is_not_finite_is_named(folder: Path, value: float) -> None:
     change_weights(folder, lambda weights: weights[QUERY].__setitem__((3, 4), value))
     refused(folder, InvalidCheckpoint, QUERY, "NaN or infinite")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "32"}, "hidden_size"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"pad_token_id": 999}, "AssertionError"),
+    ],
+)
+def test_a_value_that_no_model_can_have_is_the_checkpoint_s_fault(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    change_config(folder, **changes)
+    refused(folder, InvalidCheckpoint, "transformers cannot", said)
+
+
+def test_an_error_without_words_has_its_kind() -> None:
+    assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(ValueError("\nfirst\nsecond")) == "ValueError: first"
 
 
 def test_an_encoder_decoder_is_refused(folder: Path) -> None:

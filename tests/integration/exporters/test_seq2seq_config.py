@@ -15,10 +15,10 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from exporters.checkpoint import Checkpoint, open_checkpoint
 from exporters.config import ExportConfig
 from exporters.errors import ExportError, InvalidCheckpoint, InvalidConfig, UnsupportedArchitecture
+from exporters.generation_config import suppressed_tokens
 from exporters.original import kind_of, load_seq2seq_config, load_seq2seq_model
 from exporters.seq2seq import measure, trace
 from exporters.seq2seq_config import GenerationStart, generation_start, seq2seq_version_config
-from exporters.suppression import suppressed_tokens
 from tests.integration.exporters.test_seq2seq import FAMILIES, make_model
 from triton_backend.config import LayerConfig, VersionConfig
 

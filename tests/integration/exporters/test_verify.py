@@ -77,6 +77,15 @@ def test_without_the_original_the_recorded_tokens_are_repeated(copy: Path) -> No
     assert other.repetition is not None and other.repetition.num_mismatches == 1
 
 
+def test_a_proof_that_was_run_again_decides_and_not_the_recorded_one(copy: Path) -> None:
+    certificate = json.loads((copy / "certificate.json").read_text())
+    (copy / "certificate.json").write_text(json.dumps({**certificate, "passed": False}))
+    reseal(copy)
+    assert verify(copy).passed is True
+    reseal(copy, lambda source: source.update(checkpoint="/somewhere/else"))
+    assert verify(copy).passed is False
+
+
 def test_another_checkpoint_is_not_taken_for_the_original(
     certified: Path, make_checkpoint: Callable[..., Path]
 ) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from exporters.errors import ExportCancelled, ExportError, InvalidCheckpoint, In
 from exporters.version import staged
 from tests.integration.exporters.conftest import CHAT_TEMPLATE, VOCAB_SIZE
 from triton_backend.config import LayerConfig, VersionConfig
-from triton_backend.version_folder import read_manifest, seal, verify
+from triton_backend.version_folder import MANIFEST_JSON, read_manifest, seal, verify
 
 pytestmark = pytest.mark.integration
 
@@ -167,11 +170,67 @@ def test_a_failed_replacement_keeps_the_old_version(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_version_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputExists, match="holds something other than a version"), staged(tmp_path / "out", True):
+    with (
+        pytest.raises(OutputExists, match=r"holds something else \(expected model\.json and"),
+        staged(tmp_path / "out", True),
+    ):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputExists, match="is not a folder"), staged(tmp_path / "file", True):
         pass
+
+
+@pytest.mark.parametrize("file", ["adapter.json", "model.onnx"])
+def test_a_sealed_folder_of_another_kind_is_never_replaced(tmp_path: Path, file: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text("{}")
+    seal(tmp_path / "out", {}, {})
+    with pytest.raises(OutputExists, match="holds something else"), staged(tmp_path / "out", True):
+        pass
+    with staged(tmp_path / "out", True, marker=file):
+        pass
+
+
+def test_a_folder_whose_manifest_cannot_be_read_is_never_replaced(tmp_path: Path) -> None:
+    make_version(tmp_path / "out", "old")
+    (tmp_path / "out" / MANIFEST_JSON).write_text("no manifest")
+    with pytest.raises(OutputExists, match="holds something else"), staged(tmp_path / "out", True):
+        pass
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one_of_the_same_output(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, living = tmp_path / f".out.{ended.pid}.k3f9x2_a", tmp_path / f".out.{os.getppid()}.k3f9x2_a"
+    other = tmp_path / f".output.{ended.pid}.k3f9x2_a"
+    for folder in (left, living, other):
+        folder.mkdir()
+        (folder / "model.onnx").write_text("half")
+    with staged(tmp_path / "out", overwrite=False) as folder:
+        assert folder.name.startswith(f".out.{os.getpid()}.")
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, tmp_path / "out"])
+
+
+def test_settings_that_nobody_honours_are_a_warning(
+    make_checkpoint: Callable[..., Path], traced: None, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama")
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "min_length": 10, "begin_suppress_tokens": [5]}))
+    events: list[Any] = []
+    export(ExportConfig(str(checkpoint), tmp_path / "out"), events.append, certify=False)
+    (warning,) = [event for event in events if event["event"] == "warning"]
+    assert warning["settings"] == {"begin_suppress_tokens": [5], "min_length": 10}
+    assert "min_length" in warning["message"]
+
+
+def test_a_default_of_the_wrong_type_is_refused(
+    make_checkpoint: Callable[..., Path], traced: None, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama")
+    (checkpoint / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json: temperature has value \"hot\"; expected"):
+        export(ExportConfig(str(checkpoint), tmp_path / "out"), certify=False)
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_echoed_log_probabilities_are_those_of_the_original(gateway, tokenizer, 
     found = choice["logprobs"]
     assert len(found["tokens"]) == len(ids) + max_tokens == document["usage"]["total_tokens"]
     assert choice["text"].startswith(TEXT) and (choice["text"] == TEXT) == (max_tokens == 0)
+    assert choice["prompt_token_ids"] == ids
     assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
     chosen, best = logprobs_of(original, ids + choice["token_ids"]).tolist()
     assert found["token_logprobs"][1:] == pytest.approx(chosen, abs=1e-3)
@@ -102,6 +103,18 @@ def test_echoed_log_probabilities_are_those_of_the_original(gateway, tokenizer, 
         begin for begin, _ in tokenizer(TEXT, return_offsets_mapping=True)["offset_mapping"]
     ]
     assert found["text_offset"][len(ids) :][:1] == [len(TEXT)][:max_tokens]
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_truncated_prompt_is_echoed_as_it_was_read(gateway, tokenizer, as_ids):
+    ids = tokenizer(TEXT)["input_ids"]
+    options = {"truncate_prompt_tokens": 3, "echo": True, "return_token_ids": True, "max_tokens": 0}
+    choice = gateway(prompt=ids if as_ids else TEXT, logprobs=0, prompt_logprobs=2, **options)["choices"][0]
+    assert choice["prompt_token_ids"] == ids[-3:]
+    assert choice["text"] == tokenizer.decode(ids[-3:]) == "".join(choice["logprobs"]["tokens"])
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1, 1]
+    assert [next(iter(top)) for top in choice["prompt_logprobs"][1:]] == [str(i) for i in ids[-2:]]
+    assert all({token["rank"] for token in top.values()} >= {1, 2} for top in choice["prompt_logprobs"][1:])
 
 
 def test_several_prompts_echo_their_own_tokens_for_every_sequence(gateway, tokenizer):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -253,6 +256,18 @@ def test_candidates_of_a_beam_are_the_best_log_probabilities():
         for candidates, best in zip(found, torch.topk(expected, num).values, strict=True):
             assert [c.logprob for c in candidates] == pytest.approx(best.tolist(), abs=1e-5)
             assert len({c.token_id for c in candidates}) == num
+
+
+def test_a_suppressed_token_that_has_all_the_mass_leaves_beams_their_candidates():
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(6))
+    allowed = logits.clone()
+    logits[0, 9], allowed[0, 9] = 500.0, -math.inf
+    config = dataclasses.replace(CONFIG, suppressed_token_ids=(9,))
+    top = torch.topk(allowed, K)
+    beams = [sequence((1, 2), (5,), beam_width=2, temperature=0.0)]
+    (found,) = Sampler(config, Words()).beam_candidates(beams, 4, Outputs(logits, top.values, top.indices))
+    assert [c.token_id for c in found] == top.indices[0, :4].tolist()
+    assert [c.logprob for c in found] == pytest.approx((top.values[0, :4] - 500).tolist(), rel=1e-5)
 
 
 def test_beams_that_sample_draw_without_replacement_from_what_the_warpers_keep():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from control_plane import durable_folders
 from control_plane.artifacts import ArtifactError, ArtifactStore, sealed_names
 from control_plane.errors import NotFound
 from triton_backend.errors import VersionFolderError
@@ -48,6 +49,28 @@ def test_the_copy_shares_no_bytes_with_its_source(tmp_path, folder):
     (folder / "model.json").write_text("edited")
     store.get(wanted, tmp_path / "copy")
     assert (tmp_path / "copy" / "model.json").read_text() == "{}"
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_checks", [0, 2])
+def test_a_copy_that_is_called_off_leaves_no_artifact_and_can_be_made_later(
+    store, folder, tmp_path, monkeypatch, num_checks
+):
+    monkeypatch.setattr(durable_folders, "CHUNK_BYTES", 400)
+    checks = iter(range(num_checks))
+
+    def check() -> None:
+        if next(checks, None) is None:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        store.put(folder, check=check)
+    assert store.digests() == []
+    assert [path.name for path in (tmp_path / "store").glob("*")] in ([], [".lock"])
+    assert store.put(folder, check=lambda: None) == digest(folder)
 
 
 def test_a_changed_folder_is_not_stored(store, folder):

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 
 from control_plane import errors
+from control_plane.auth.limits import RateLimits
 from control_plane.auth.services import create_key
 from control_plane.client import ApiError
 from control_plane.registry import serving_state
 from control_plane.registry.places import Place
+from control_plane.traffic.counts import CLIENT_GONE, OK, outcomes
 from control_plane.triton_fake import word_by_word
 from tests.served import say_loaded
 from triton_backend.protocol import GenerateResponse, SequenceOutput
@@ -129,7 +131,7 @@ def test_echo_with_logprobs_tells_of_the_prompts_tokens_first(client, triton):
     assert choice["text"] == "one 🙂 twow0 w1 "
     assert choice["logprobs"]["tokens"] == ["one", "\ufffd", " 🙂", " two", "w0 ", "w1 "]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.25, -0.25, -0.25, -0.5, -0.5]
-    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"\ufffd": -0.25}]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"\ufffd": -0.25, "other1": -1}]
     assert choice["logprobs"]["text_offset"] == [0, 3, 3, 5, 9, 12]
     assert triton.calls[0].sampling == {"max_tokens": 2, "logprobs": 1, "prompt_logprobs": 1}
 
@@ -167,8 +169,41 @@ def test_echo_of_token_ids_reads_them_aloud(client, triton, stream):
     assert scored.get_json()["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.25]
 
 
-def test_token_ids_are_returned_when_asked_for(client):
-    assert complete(client, return_token_ids=True).get_json()["choices"][0]["token_ids"] == [0, 1, 2]
+@pytest.mark.parametrize("options", [{"logprobs": 1}, {}])
+def test_echo_of_a_truncated_prompt_is_what_the_engine_read(client, triton, options):
+    def truncated(call):
+        yield from word_by_word(replace(call, text=call.text.split()[-1]))
+
+    triton.models["starter"] = truncated
+    choice = complete(client, prompt="one two", echo=True, truncate_prompt_tokens=1, **options).get_json()["choices"][0]
+    assert choice["text"] == "twow0 w1 w2 "
+    if options:
+        assert choice["logprobs"]["tokens"] == ["two", "w0 ", "w1 ", "w2 "]
+        assert choice["logprobs"]["text_offset"] == [0, 3, 6, 9]
+
+
+def test_prompt_logprobs_are_vllms_list(client):
+    first, *others = complete(client, prompt_logprobs=1, n=2).get_json()["choices"][1]["prompt_logprobs"]
+    assert first is None
+    chosen, likeliest = {"logprob": -0.25, "rank": 4, "decoded_token": " b"}, {"logprob": -1.0, "rank": 1}
+    assert others == [{"1": chosen, "1001": {**likeliest, "decoded_token": "other1"}}]
+    *chunks, _ = events(complete(client, prompt_logprobs=1, stream=True))
+    assert [len(chunk["choices"][0].get("prompt_logprobs", [])) for chunk in chunks] == [2, 0, 0]
+
+
+def test_echo_and_prompt_logprobs_each_show_as_many_as_were_asked_for(client):
+    choice = complete(client, echo=True, logprobs=0, prompt_logprobs=2).get_json()["choices"][0]
+    assert choice["logprobs"]["top_logprobs"][1] == {" b": -0.25}
+    assert list(choice["prompt_logprobs"][1]) == ["1", "1001", "1002"]
+
+
+@pytest.mark.parametrize(("prompt", "ids"), [("a b", [0, 1]), ([7, 8, 9], [7, 8, 9])])
+def test_token_ids_are_returned_when_asked_for_those_of_the_prompt_once(client, prompt, ids):
+    choice = complete(client, prompt=prompt, return_token_ids=True).get_json()["choices"][0]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([0, 1, 2], ids)
+    *chunks, _ = events(complete(client, prompt=prompt, return_token_ids=True, stream=True))
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[0], [1], [2]]
+    assert [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks] == [ids, None, None]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +242,14 @@ def test_bad_value_is_refused_naming_field_value_and_expectation(client, triton,
     assert response.status_code == 400
     assert error_of(response)["message"].startswith(message)
     assert triton.calls == []
+
+
+def test_what_a_models_own_defaults_make_right_is_accepted(client, triton):
+    groups = {"num_beam_groups": 2, "diversity_penalty": 0.5}
+    refusal = complete(client, **groups)
+    assert error_of(refusal)["message"] == "num_beam_groups has value 2; expected a divisor of beam_width = 1"
+    triton.generation_defaults = {"beam_width": 4}
+    assert complete(client, **groups).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -277,6 +320,7 @@ def _failing(error, num_before=0):
         (errors.ServingError("its process was replaced"), 502, "serving_error"),
         (errors.TritonUnavailable("Triton does not answer"), 503, "triton_unavailable"),
         (errors.RequestTimeout("too slow"), 504, "timeout"),
+        (errors.ClientTimeout("timeout_ms = 5 has passed"), 504, "client_timeout"),
     ],
 )
 def test_error_before_the_first_token_has_its_own_status(client, triton, stream, error, status, code):
@@ -342,6 +386,48 @@ def test_finished_request_is_not_cancelled(client, triton):
     events(complete(client, stream=True))
     complete(client)
     assert triton.num_cancelled == 0
+
+
+@pytest.fixture
+def charges(monkeypatch):
+    """Tokens that each request is charged for."""
+    found: list[int] = []
+    monkeypatch.setattr(RateLimits, "spend_tokens", lambda limits, principal, num_tokens: found.append(num_tokens))
+    return found
+
+
+def test_candidates_that_are_not_returned_are_charged(client, charges):
+    with complete(client, n=2, best_of=8) as response:
+        assert response.get_json()["usage"]["completion_tokens"] == 6
+    with complete(client, beam_width=4):
+        assert charges == [2 + 8 * 3]
+    assert charges[1:] == [2 + 4 * 3]
+
+
+@pytest.mark.parametrize("error", [errors.ClientGone("left"), errors.ClientTimeout("late"), errors.RequestTimeout("")])
+def test_answer_that_nobody_waited_for_is_charged(client, triton, charges, error):
+    triton.models["starter"] = _failing(error)
+    complete(client, prompt="twelve chars", best_of=2)
+    complete(client, prompt=[[1, 2], [3]], stream=True)
+    assert charges == [(3 + 1) + 2 * 3, (2 + 3) + (1 + 3)]
+
+
+def test_refused_and_failed_requests_are_not_charged(client, triton, charges):
+    for error in (errors.BadRequest("no"), errors.Overloaded("full"), errors.ServingError("died")):
+        triton.models["starter"] = _failing(error)
+        complete(client)
+    assert charges == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("num_read", "outcome"), [(2, CLIENT_GONE), (3, OK)])
+def test_stream_whose_last_token_was_read_is_an_answer(app, client, num_read, outcome):
+    response = complete(client, stream=True)
+    chunks = response.iter_encoded()
+    for _ in range(num_read):
+        next(chunks)
+    response.close()
+    (counts,) = app.extensions["traffic"].totals().values()
+    assert outcomes(counts) == {outcome: 1}
 
 
 def test_completions_leave_web_threads_for_health(app, client):

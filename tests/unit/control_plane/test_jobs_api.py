@@ -134,6 +134,10 @@ def test_kinds_show_their_parameters_as_a_schema(llmos):
         ({**EXPORT, "max_model_len": "5"}, "params.max_model_len has value '5'"),
         ({**EXPORT, "max_model_len": True}, "params.max_model_len has value True"),
         ({**EXPORT, "out": "/etc"}, "params.out"),
+        ({**EXPORT, "engine": {"a\0b": 1}}, "params.engine.keys has value 'a"),
+        ({**EXPORT, "engine": {"a=b": 1}}, "params.engine.keys has value 'a=b'"),
+        ({**EXPORT, "engine": {"": 1}}, "params.engine.keys has value ''"),
+        ({**EXPORT, "engine": {"x" * 65: 1}}, "params.engine.keys has value 'x"),
     ],
 )
 def test_bad_parameters_are_named_and_nothing_is_stored(app, llmos, params, words):
@@ -172,7 +176,7 @@ def test_an_evaluation_needs_what_its_suite_reads(llmos, params, words):
         ({"deploy": "rollback"}, "params.deploy has value 'rollback'"),
         ({"evaluate": {"perplexity": None}}, "evaluate.perplexity has value None"),
         ({"evaluate": {"certificate": "/a"}}, "evaluate.certificate has value '/a'"),
-        ({"evaluate": {"lm-eval": "/a"}}, "params.evaluate.lm-eval"),
+        ({"evaluate": {"lm-eval": "/a"}}, "params.evaluate.keys has value 'lm-eval'"),
     ],
 )
 def test_a_publication_is_complete_before_it_begins(llmos, params, words):

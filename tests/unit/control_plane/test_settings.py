@@ -6,7 +6,7 @@ import pytest
 
 from control_plane.errors import SettingsError
 from control_plane.extensions import now
-from control_plane.settings import Settings
+from control_plane.settings import PROJECT_ROOT, Settings
 
 pytestmark = pytest.mark.unit
 
@@ -35,3 +35,34 @@ def test_days_are_whole_and_can_be_subtracted_from_today(days):
         Settings.from_environment({"LLMOS_RETRY_DAYS": days})
     longest = Settings.from_environment({"LLMOS_RETRY_DAYS": "36500"})
     assert now() - longest.retry_limit < now()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("LLMOS_WEBPORT", "LLMOS_WEBPORT is set, but llmos has no such setting; did you mean LLMOS_WEB_PORT?"),
+        (
+            "LLMOS_XYZZY",
+            "LLMOS_XYZZY is set, but llmos has no such setting; README.md lists those there are; unset it.",
+        ),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_closest_known_one(name, said):
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_environment({name: "8080", "OTHER": "x"})
+    assert str(refused.value) == said
+
+
+def test_relative_paths_are_relative_to_the_project_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_environment({"LLMOS_HOME": "data", "LLMOS_TRUSTED_KEYS": str(tmp_path / "keys")})
+    assert settings.home == PROJECT_ROOT / "data"
+    assert settings.trusted_keys == tmp_path / "keys"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LLMOS_SERVICE_HOST", "LLMOS_SERVICE_PORT_HTTP", "LLMOS_PORT", "LLMOS_PORT_8080_TCP", "LLMOS_PORT_8080_TCP_ADDR"],
+)
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(name):
+    assert Settings.from_environment({name: "tcp://10.0.0.1:8080"}) == Settings.from_environment({})

@@ -43,6 +43,15 @@ def test_lines_that_are_no_events_are_tolerated() -> None:
     assert [event.step for event in events] == ["ü"]
 
 
+def test_log_lines_of_both_streams_are_handed_on() -> None:
+    script = (
+        "import sys; print('a library prints'); print('{\"event\": \"step\"}'); print('a warning', file=sys.stderr)"
+    )
+    lines: list[tuple[str, str]] = []
+    run_child([sys.executable, "-c", script], lambda event: None, on_line=lambda *line: lines.append(line))
+    assert sorted(lines) == [("stderr", "a warning"), ("stdout", "a library prints")]
+
+
 def test_failed_child_is_explained_by_its_own_error_event() -> None:
     script = 'print(\'{"event": "error", "message": "no such checkpoint"}\'); import sys; sys.exit("noise")'
     with pytest.raises(ChildFailed, match=r"^no such checkpoint$"):

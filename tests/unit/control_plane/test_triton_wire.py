@@ -118,7 +118,7 @@ def test_empty_final_response_has_no_outputs():
     [
         ("INVALID_ARG: top_p has value 2", errors.BadRequest, "top_p has value 2"),
         ("UNAVAILABLE: 256 requests wait", errors.Overloaded, "256 requests wait"),
-        ("CANCELLED: its deadline passed", errors.RequestTimeout, "its deadline passed"),
+        ("CANCELLED: its deadline passed", errors.ClientTimeout, "its deadline passed"),
         ("INTERNAL: oops", errors.ServingError, "oops"),
         ("Stub process 'm_0_0' is not healthy.", errors.ServingError, "Stub process 'm_0_0' is not healthy."),
         ("Request for unknown model: 'x' is not found", errors.NotFound, "Request for unknown model: 'x' is not found"),

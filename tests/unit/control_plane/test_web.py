@@ -9,6 +9,8 @@ from itertools import pairwise
 import pytest
 
 from control_plane import errors
+from control_plane.auth.key_params import KeyParams
+from control_plane.auth.services import make_key
 from control_plane.extensions import db
 from control_plane.registry import serving_state
 from control_plane.registry.places import Place
@@ -36,7 +38,8 @@ def test_ready_says_why_a_model_is_not(client, triton):
     response = client.get("/health/ready")
     assert response.status_code == 503
     model = response.get_json()["models"]["starter"]
-    assert (model["state"], model["reason"]) == ("failed", "Stub process 'starter_0_0' is not healthy.")
+    assert (model["state"], model["reason"]) == ("failed", "serving_error")
+    assert model["message"] == "Stub process 'starter_0_0' is not healthy."
 
 
 def test_model_that_is_not_loaded_yet_is_loading(client, triton):
@@ -50,7 +53,42 @@ def test_model_that_failed_to_load_gives_the_reconcilers_message(client, triton,
     state = serving_state.ModelState(3, serving_state.FAILED_TO_LOAD, 0.0, "ModelLoadFailed", "model.onnx.data differs")
     serving_state.write(settings, serving_state.ServingState({}, True, 0.0, {Place("starter", 3): state}))
     model = client.get("/health/ready").get_json()["models"]["starter"]
-    assert (model["state"], model["reason"]) == ("failed", "model.onnx.data differs")
+    assert (model["state"], model["reason"]) == ("failed", "ModelLoadFailed")
+    assert model["message"] == "model.onnx.data differs"
+
+
+SECRET = "/srv/models/starter/3/model.onnx.data differs"
+
+
+@pytest.fixture
+def failed(triton, settings):
+    triton.unload("starter")
+    state = serving_state.ModelState(3, serving_state.FAILED_TO_LOAD, 0.0, "ModelLoadFailed", SECRET)
+    serving_state.write(settings, serving_state.ServingState({}, True, 0.0, {Place("starter", 3): state}))
+
+
+@pytest.mark.parametrize("scopes", [None, [], ["generate"]], ids=["stranger", "bad-key", "generate-only"])
+def test_whoever_may_not_read_sees_the_state_and_one_word_but_no_message(app, failed, triton, scopes):
+    stranger = app.test_client()
+    if scopes is not None:
+        with app.app_context():
+            key = make_key(KeyParams("k", "developer", scopes=scopes))[1] if scopes else "llmos_0_0"
+        stranger.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {key}"
+    model = stranger.get("/health/ready").get_json()["models"]["starter"]
+    assert (model["state"], model["reason"], model["message"]) == ("failed", "ModelLoadFailed", None)
+    triton.is_running = False
+    for path in ("/", "/status"):
+        text = stranger.get(path).get_data(as_text=True)
+        assert "ModelLoadFailed" in text or "triton_unavailable" in text
+        assert SECRET not in text and "see the log" not in text and "127.0.0.1:1" not in text
+
+
+def test_whoever_may_read_sees_the_message(client, failed, sign_in):
+    browser, _ = sign_in(role="viewer")
+    for reader in (client, browser):
+        assert reader.get("/health/ready").get_json()["models"]["starter"]["message"] == SECRET
+        for path in ("/", "/status"):
+            assert SECRET in reader.get(path).get_data(as_text=True)
 
 
 def test_not_ready_without_any_production_version(app, client):
@@ -66,7 +104,7 @@ def test_not_ready_without_triton(client, triton):
     triton.is_running = False
     response = client.get("/health/ready")
     assert response.status_code == 503
-    assert "does not answer" in response.get_json()["models"]["starter"]["reason"]
+    assert "does not answer" in response.get_json()["models"]["starter"]["message"]
 
 
 def test_many_readers_cost_one_probe(client, triton):
@@ -100,7 +138,7 @@ def test_index_says_what_is_running(client):
 
 def test_index_says_which_process_is_down(client):
     text = client.get("/").get_data(as_text=True)
-    assert re.search(r"Worker</strong>.*?Redis does not answer.*?failed", text, re.DOTALL)
+    assert re.search(r"Worker</strong>.*?nobody has asked it yet.*?failed", text, re.DOTALL)
     assert re.search(r"Redis</strong>.*?it does not answer; see the log.*?failed", text, re.DOTALL)
     assert "127.0.0.1:1" not in text
 

@@ -73,6 +73,8 @@ def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
         ("model", "layers", [], "layers is empty"),
         ("model", "kind", "decoder-only", "kind has value 'decoder-only'; expected one of decoder, encoder_decoder"),
         ("model", "kind", "encoder_decoder", "encoder_graph has value None; an encoder_decoder model needs it"),
+        ("model", "generation_defaults", {"temperature": "hot"}, 'generation_defaults: temperature has value "hot"'),
+        ("model", "generation_defaults", {"num_beams": 4}, "generation_defaults has 'num_beams'; expected names of"),
         ("model", "vocabulary", 1, "unknown ModelConfig key 'vocabulary'"),
     ],
 )

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from control_plane.registry.garbage import HALF_MADE
+from control_plane.training.config import PretrainConfig
+from control_plane.training.events import Events
+from control_plane.training.recipes import pretrain
+from control_plane.training.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -104,7 +112,7 @@ def test_sigterm_while_training_leaves_nothing(tmp_path: Path) -> None:
         event = json.loads(line)
         if event["event"] == "progress" and event["step"] == "train":
             break
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert [HALF_MADE.fullmatch(path.name)[1] for path in tmp_path.iterdir()] == [str(process.pid)]
     process.send_signal(signal.SIGTERM)
     returncode, events = finish(process)
     assert returncode == 1
@@ -112,11 +120,26 @@ def test_sigterm_while_training_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_time_limit_ends_training_cleanly(tmp_path: Path) -> None:
-    returncode, events = finish(start(tmp_path / "starter", "--max-steps=1000000", "--time-limit-s=1"))
-    assert returncode == 0
-    assert [event["code"] for event in events if event["event"] == "warning"] == ["TIME_LIMIT"]
-    assert events[-1]["event"] == "finished" and events[-1]["num_steps"] < 1000000
+def test_time_limit_ends_training_cleanly_and_is_told() -> None:
+    config = PretrainConfig(
+        **{name.replace("-", "_"): value for name, value in TINY.items()} | {"max_steps": 1000000, "time_limit_s": 4.0}  # type: ignore[arg-type]
+    )
+    tokenizer = train_tokenizer(["a few words for a small tokenizer"], config.vocab_size, 64)
+    tokens, stream = torch.randint(0, 257, (1000,)), io.StringIO()
+    events = Events(stream, pretrain.STEPS)
+    num_steps = pretrain.train(
+        pretrain.new_model(config, tokenizer), tokens, tokens[:100], config, time.monotonic(), events
+    )
+    last = json.loads(stream.getvalue().splitlines()[-1])
+    assert (last["event"], last["code"]) == ("warning", "TIME_LIMIT")
+    assert last["message"] == f"training ended after {num_steps} of 1000000 steps to keep within 4 s"
+
+
+def test_no_time_for_one_step_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    returncode, events = finish(start(tmp_path / "starter", "--time-limit-s=1"))
+    assert (returncode, events[-1]["code"]) == (1, "INVALID_OPTION")
+    assert events[-1]["message"].startswith("time_limit_s has value 1, and no step could be trained")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_leaves_nothing(tmp_path: Path) -> None:

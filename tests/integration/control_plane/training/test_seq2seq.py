@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from control_plane.registry.garbage import HALF_MADE
 from control_plane.training.recipes.seq2seq_transformer import Seq2SeqTransformer
 
 pytestmark = pytest.mark.integration
@@ -121,11 +122,18 @@ def test_sigterm_while_training_leaves_nothing(tmp_path: Path, data: Path) -> No
         event = json.loads(line)
         if event["event"] == "progress" and event["step"] == "train":
             break
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert [HALF_MADE.fullmatch(path.name)[1] for path in tmp_path.iterdir()] == [str(process.pid)]
     process.send_signal(signal.SIGTERM)
     returncode, events = finish(process)
     assert returncode == 1
     assert events[-1]["event"] == "error" and events[-1]["code"] == "CANCELLED"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_time_for_one_step_is_an_error_and_leaves_nothing(tmp_path: Path, data: Path) -> None:
+    returncode, events = finish(start(tmp_path / "model", data, "--time-limit-s=1"))
+    assert (returncode, events[-1]["code"]) == (1, "INVALID_OPTION")
+    assert events[-1]["message"].startswith("time_limit_s has value 1, and no step could be trained")
     assert list(tmp_path.iterdir()) == []
 
 

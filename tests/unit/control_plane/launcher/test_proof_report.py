@@ -112,10 +112,13 @@ def test_a_plan_is_shown_in_units_of_people() -> None:
         "bytes_per_decode_step": 135 << 20,
         "bandwidth_bytes_per_s": 18.3e9,
         "lora_bytes": 35 << 20,
+        "ignored_settings": {"min_length": 56},
     }
     text = shown(plan_table(plan))
     for words in ("134,515,008 in 30 layers", "encoder–decoder", "at least 7.5 ms", "18.3 GB/s", "35 MiB", "of 512"):
         assert words in text
+    assert "the checkpoint asks generate for min_length 56" in text
+    assert "asks generate" not in shown(plan_table({**plan, "ignored_settings": {}}))
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_what_is_longer_than_every_bound_is_the_last_bound_and_no_data_is_none()
 
 
 def test_what_a_client_did_wrong_is_no_error_of_the_version():
-    faults = ["client_gone", "invalid_request", "invalid_api_key", "invalid_session", "forbidden"]
-    outcomes = ["ok", "ok", "ok", "ok", *faults, "serving_error"]
+    faults = ["client_gone", "client_timeout", "invalid_request", "invalid_api_key", "invalid_session", "forbidden"]
+    outcomes = ["ok", "ok", "ok", *faults, "serving_error"]
     found = figures(total_of(observation(outcome).counts for outcome in outcomes), 10.0)
     assert found.errors == dict.fromkeys([*faults, "serving_error"], 1)
     assert (found.requests, found.requests_per_s, found.error_share) == (10, 1.0, 0.1)
