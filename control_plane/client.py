@@ -276,6 +276,11 @@ class ControlPlane:
         """All events so far with an id above ``after``."""
         return self._pages(f"/api/v1/jobs/{job_id}/events", "after", "id", {"after": after})
 
+    def last_event_id(self, job_id: str) -> int:
+        """Of a job's events so far; 0 if there are none."""
+        found = self._ask("GET", f"/api/v1/jobs/{job_id}/events", params={"newest": "true", "limit": 1})["data"]
+        return max((event["id"] for event in found), default=0)
+
     def follow_job(self, job_id: str, after: int = 0) -> Iterator[Document]:
         """Events of a job as they come, until it has ended; a connection that breaks is taken up where it was."""
         reconnects = 0

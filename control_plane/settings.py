@@ -19,8 +19,8 @@ from typing import Any
 from control_plane.errors import SettingsError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-SERVICE_LINK = re.compile(r"LLMOS_(SERVICE_(HOST|PORT)\w*|PORT(_\d+_\w+)?)")
-"""What Kubernetes sets by itself beside a service called llmos."""
+SERVICE_LINK = re.compile(r"LLMOS_(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP)\w*)?)")
+"""What Kubernetes sets by itself beside services called llmos, llmos-db, …"""
 
 
 def _text(value: str) -> str:
@@ -30,8 +30,12 @@ def _text(value: str) -> str:
 
 
 def _path(value: str) -> Path:
-    # Whatever folder a command is started in, its installation is the same.
-    return (PROJECT_ROOT / Path(_text(value)).expanduser()).resolve()
+    """Whatever folder a command is started in, its installation is the same."""
+    path = Path(_text(value)).expanduser()
+    found = (PROJECT_ROOT / path).resolve()
+    if path.resolve().exists() and not found.exists():
+        raise ValueError(f"an absolute path, since {path.resolve()} exists, but a relative one would mean {found}")
+    return found
 
 
 def _optional_path(value: str) -> Path | None:

@@ -73,7 +73,9 @@ class SupervisorClient:
         return [ProcessStatus(p["name"], p["statename"], p["pid"], p["start"], p["description"]) for p in found]
 
     def restart(self, name: str) -> None:
-        self._call("stopProcess", name)
+        """Also of one that does not run, because somebody stopped it or was interrupted while they started it anew."""
+        if any(process.name == name and process.pid for process in self.processes()):
+            self._call("stopProcess", name)
         self._call("startProcess", name, False)
 
     def shut_down(self) -> None:

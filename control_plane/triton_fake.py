@@ -113,6 +113,7 @@ class FakeTriton(TritonClient):
 def word_by_word(call: GenerateCall, pause_s: float = 0.0) -> Iterable[GenerateResponse]:
     """Answer "w0 w1 …" with one token per word, in the manner of the engine: deltas, or everything at once."""
     num_tokens, num_sequences = call.sampling.get("max_tokens", 16), call.sampling.get("n", 1)
+    num_candidates = call.sampling.get("best_of") or call.sampling.get("beam_width") or num_sequences
     num_input_tokens = len(call.input_ids) if call.text is None else len(call.text.split())
     step = 1 if call.stream else num_tokens
     for start in range(0, num_tokens, step):
@@ -127,8 +128,12 @@ def word_by_word(call: GenerateCall, pause_s: float = 0.0) -> Iterable[GenerateR
             logprobs=tuple(_alternatives(i) for i in tokens) if call.return_logprobs else (),
         )
         outputs = tuple(_with_index(output, index) for index in range(num_sequences))
-        metrics = {"cached_tokens": 0, "engine_uptime_s": 60.0, "digest": "fake"} if finished else {}
-        prompt = _prompt(call) if start == 0 and "prompt_logprobs" in call.sampling else {}
+        metrics = (
+            {"num_sequences": num_candidates, "cached_tokens": 0, "engine_uptime_s": 60.0, "digest": "fake"}
+            if finished
+            else {}
+        )
+        prompt = _prompt(call) if start == 0 else {}
         yield GenerateResponse(call.request_id, outputs, num_input_tokens, finished, metrics, **prompt)
 
 
@@ -147,6 +152,8 @@ def _prompt(call: GenerateCall) -> dict[str, Any]:
     texts = [f"t{i} " for i in call.input_ids] if call.text is None else re.findall(r"\s*\S+", call.text)
     halves = [half for text in texts for half in (("", text) if text.strip() == "🙂" else (text,))]
     tokens = tuple(PromptToken(i, text or "\ufffd", text) for i, text in enumerate(halves))
+    if "prompt_logprobs" not in call.sampling:
+        return {"prompt_tokens": tokens} if call.sampling.get("return_prompt_tokens") else {}
     others = [TokenLogprob(1000 + rank, -rank, rank, f"other{rank}") for rank in (1, 2, 3)]
     num_best = call.sampling["prompt_logprobs"]
     logprobs = [(TokenLogprob(t.token_id, -0.25, 4, t.decoded_token), *others[:num_best]) for t in tokens]

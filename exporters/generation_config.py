@@ -84,6 +84,8 @@ def generation_defaults(settings: Any, checkpoint: Checkpoint) -> dict[str, Any]
     for name, engine_name in DEFAULTS.items():
         if (value := getattr(settings, name, None)) is None:
             continue
+        if name == "early_stopping" and value in (0, 1):  # as transformers takes it
+            value = bool(value)
         try:
             found[engine_name] = FIELDS[engine_name].parse(name, value)
         except InvalidRequest as error:
@@ -112,7 +114,7 @@ def suppressed_tokens(model: PreTrainedModel) -> list[int]:
 def ignored_settings(settings: Any) -> dict[str, Any]:
     """Settings that would change what is generated, and that the engine does not take over, by name."""
     found = {
-        name: value
+        name: value.to_dict() if hasattr(value, "to_dict") else value
         for name, neutral in IGNORED.items()
         if (value := getattr(settings, name, None)) is not None and value not in neutral
     }

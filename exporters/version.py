@@ -1,6 +1,6 @@
 """Writing a version folder: staged beside its final place, and renamed into it when it is complete.
 
-.chat-1.4711.k3f9x2_a/ staging of process 4711, removed when its export fails; by the next export, if it was killed
+.chat-1.staging.k3f9x2_a/  removed when its export fails; if it was killed, by the next export to the same place
   model.onnx  model.onnx.data
   model.json           facts and settings for the engine
   tokenizer.json  tokenizer_config.json  chat_template.jinja  generation_config.json
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers import PreTrainedModel
 
 from exporters.checkpoint import Checkpoint
@@ -56,7 +56,8 @@ def staged(out: Path, overwrite: bool, marker: str = MODEL_JSON) -> Iterator[Pat
     check_output(out, overwrite, marker)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.staging.", dir=out.parent))
+    lock = _lock(staging)
     try:
         staging.chmod(0o755)  # Triton may run as another user
         yield staging
@@ -70,15 +71,31 @@ def staged(out: Path, overwrite: bool, marker: str = MODEL_JSON) -> Iterator[Pat
             staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what exports to ``out`` left that were killed. Our own number can only be that of an earlier process."""
-    staging = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.\w+")
+    """Remove what exports to ``out`` left that were killed: nobody holds its lock any more."""
+    staging = re.compile(rf"\.{re.escape(out.name)}\.staging\.\w+")
     for folder in out.parent.iterdir():
-        match = staging.fullmatch(folder.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+        if staging.fullmatch(folder.name) and (lock := _lock(folder)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock as long as it is open; None if somebody else's does, or none can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def check_output(out: Path, overwrite: bool, marker: str = MODEL_JSON) -> None:

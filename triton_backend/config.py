@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from triton_backend.sampling_params import FIELDS
 MODEL_JSON = "model.json"
 FORMAT = 2
 
+log = logging.getLogger(__name__)
 
 KINDS = ("decoder", "encoder_decoder", "encoder")
 CACHE_TYPES = ("fp32", "fp16", "bf16")
@@ -243,8 +245,8 @@ def _defaults_from(values: Mapping[str, Any]) -> dict[str, Any]:
             raise VersionFolderError(f"generation_defaults has {name!r}; expected names of sampling parameters")
         try:
             defaults[name] = FIELDS[name].parse(name, value)
-        except InvalidRequest as error:
-            raise VersionFolderError(f"generation_defaults: {error.args[0]}") from None
+        except InvalidRequest as error:  # exported by a release that did not look
+            log.warning("a default of the model is left out: %s", error.args[0])
     return defaults
 
 

@@ -103,12 +103,19 @@ class Engine:
         self._thread.start()
         self._warmed_up.result()
 
-    def submit(self, request: GenerateRequest, sink: ResponseSink) -> None:
-        """Check and queue a request; raises InvalidRequest. Everything later arrives at ``sink``."""
-        self._inbox.put(Submit(self.prepare(request, sink)))
+    def submit(self, request: GenerateRequest, sink: ResponseSink, arrived_s: float | None = None) -> None:
+        """Check and queue a request that arrived at ``arrived_s``, by ``time.monotonic``, or just now.
 
-    def prepare(self, request: GenerateRequest, sink: ResponseSink) -> RequestState:
-        return self._intake.prepare(request, sink)
+        Raises InvalidRequest. Everything later arrives at ``sink``.
+        """
+        self._inbox.put(Submit(self.prepare(request, sink, arrived_s)))
+
+    def prepare(self, request: GenerateRequest, sink: ResponseSink, arrived_s: float | None = None) -> RequestState:
+        return self._intake.prepare(request, sink, time.monotonic() if arrived_s is None else arrived_s)
+
+    def is_quick(self, request: GenerateRequest) -> bool:
+        """Whether ``submit`` takes a few milliseconds at most."""
+        return self._intake.is_quick(request)
 
     def stop(self) -> None:
         """End the engine thread; requests that are still inside get an error."""
@@ -133,9 +140,11 @@ class Engine:
             except Exception as error:  # a failed step must not take later requests with it
                 log.exception("step_failed")
                 if not self._recovers(EngineError(f"the engine failed while computing this request: {error}")):
-                    self._refuse_all(EngineStopped(f"the engine cannot go on: {error}; it must be loaded again"))
+                    self._refuse_all(EngineError(f"the engine cannot go on: {error}; it must be loaded again"))
                     return
-        self._fail_all(EngineStopped("the model is being unloaded; try again"))
+        stopped = EngineStopped("the model is being unloaded; try again")
+        if not self._recovers(stopped):
+            self._refuse_all(stopped)
 
     def _recovers(self, error: EngineError) -> bool:
         """End every request; False if not even that can be done, as after an error of the device that stays."""
@@ -151,8 +160,15 @@ class Engine:
         """Answer whoever is inside and whoever comes, until ``stop``; nothing of the device is touched any more."""
         for state in self._outputs:
             self._send_error(state, error)
-        while isinstance(message := self._inbox.get(), Submit):
-            self._send_error(message.state, error)
+        while True:
+            try:
+                message = self._inbox.get(block=not self._is_stopping)
+            except queue.Empty:
+                return
+            if isinstance(message, Submit):
+                self._send_error(message.state, error)
+            else:
+                self._is_stopping = True
 
     def step(self, on_plan: Callable[[StepPlan], None] | None = None) -> None:
         """Advance every scheduled sequence by one chunk or one token."""
@@ -337,9 +353,10 @@ class Engine:
         try:
             self.accept(state)
         except Exception as error:
-            if state not in self._outputs:  # whoever fails the others does not know of it
-                self._send_error(state, EngineError(f"the engine failed while it took this request: {error}"))
-            raise
+            if state in self._outputs:
+                raise
+            log.exception("request_not_taken")
+            self._send_error(state, EngineError(f"the engine failed while it took this request: {error}"))
 
     def accept(self, state: RequestState) -> None:
         """Queue a request, or refuse it if too many are waiting."""
@@ -404,6 +421,7 @@ class Engine:
 
     def _request_metrics(self, state: RequestState) -> dict[str, Any]:
         return {
+            "num_sequences": state.params.num_sequences,
             "queue_s": round(state.scheduled_s - state.arrived_s, 6),
             "prefill_s": round(state.first_token_s - state.scheduled_s, 6),
             "decode_s": round(state.last_token_s - state.first_token_s, 6),

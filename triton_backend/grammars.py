@@ -94,14 +94,19 @@ class GrammarCompiler:
         self._ll_tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()
 
+    def has(self, spec: GrammarSpec) -> bool:
+        """Whether it is compiled already."""
+        return spec in self._compiled
+
     def compile(self, spec: GrammarSpec) -> GrammarState:
         """The beginning of a grammar; raises InvalidRequest that says what is wrong with it."""
         with self._lock:
-            matcher = self._compiled.pop(spec, None)
+            matcher = self._compiled.get(spec)
         # Others need not wait for a hard one.
         matcher = matcher or self._new_matcher(spec)
         with self._lock:
             self._compiled[spec] = matcher
+            self._compiled.move_to_end(spec)
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return GrammarState(matcher.deep_copy())

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import numpy as np
 import structlog
 import triton_python_backend_utils as pb_utils
 
-from triton_backend.errors import EngineError
+from triton_backend.errors import EngineError, QueueFull, RequestCancelled
 from triton_backend.loading import configure_logging, load_engine
 from triton_backend.metrics import METRICS, MetricSpec
 from triton_backend.protocol import INPUTS, OUTPUTS, GenerateRequest, GenerateResponse, parse_request, response_tensors
@@ -31,8 +32,8 @@ from triton_backend.sequence import ResponseSink
 log = structlog.get_logger()
 
 NUM_SLOW_INTAKES = 2
-QUICK_CHARS = 50_000
-"""A longer text takes 10 ms and more to be tokenized, a grammar up to seconds to be compiled: others do not wait."""
+MAX_SLOW_INTAKES = 64
+"""So many wait for them at most, themselves included."""
 
 _NUMPY_TYPES = {"TYPE_STRING": np.object_, "TYPE_INT32": np.int32, "TYPE_UINT32": np.uint32, "TYPE_FP32": np.float32}
 _OUTPUT_TYPES = {spec.name: _NUMPY_TYPES[spec.data_type] for spec in OUTPUTS}
@@ -45,26 +46,35 @@ class TritonPythonModel:
         self._metrics = TritonMetrics(json.loads(args["model_config"])["name"], args["model_version"])
         self._engine, self._config = load_engine(folder, self._metrics)
         self._responder = Responder()
+        # Others need not wait while a long text is tokenized or a hard grammar compiled.
         self._slow_intake = ThreadPoolExecutor(NUM_SLOW_INTAKES, "intake")
+        self._slow_places = threading.Semaphore(MAX_SLOW_INTAKES)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sink = TritonSink(request, self._responder)
             with _errors_to(sink, request.request_id()):
                 parsed = sink.request = self._parse(request)
-                if parsed.params.grammar is not None or len(parsed.text or "") > QUICK_CHARS:
-                    self._slow_intake.submit(self._submit, parsed, sink)
-                else:
+                if self._engine.is_quick(parsed):
                     self._engine.submit(parsed, sink)
+                elif self._slow_places.acquire(blocking=False):
+                    self._slow_intake.submit(self._submit, parsed, sink, time.monotonic())
+                else:
+                    raise QueueFull(f"{MAX_SLOW_INTAKES} long texts and new grammars are being read; try again later")
 
     def finalize(self) -> None:
         self._slow_intake.shutdown()
         self._engine.stop()
         self._responder.stop()
 
-    def _submit(self, request: GenerateRequest, sink: TritonSink) -> None:
-        with _errors_to(sink, request.request_id):
-            self._engine.submit(request, sink)
+    def _submit(self, request: GenerateRequest, sink: TritonSink, arrived_s: float) -> None:
+        try:
+            with _errors_to(sink, request.request_id):
+                if sink.is_cancelled():
+                    raise RequestCancelled("the client cancelled the request")
+                self._engine.submit(request, sink, arrived_s)
+        finally:
+            self._slow_places.release()
 
     def _parse(self, request: Any) -> GenerateRequest:
         tensors = {}

@@ -75,17 +75,27 @@ class RequestOutput:
         has_news = any(output.text or output.token_ids for output in outputs)
         if not state.is_finished and not has_news:
             return None
-        tells_prompt = self._is_first and bool(state.prompt_logprobs)
-        self._is_first = False
+        is_first, self._is_first = self._is_first, False
+        tells_logprobs = is_first and bool(state.prompt_logprobs)
         return GenerateResponse(
             request_id=state.request.request_id,
             outputs=outputs,
             num_input_tokens=state.num_input_tokens,
             finished=state.is_finished,
             metrics=metrics if state.is_finished else {},
-            prompt_logprobs=tuple(state.prompt_logprobs) if tells_prompt else None,
-            prompt_tokens=prompt_tokens(state.lead, self._tokenizer) if tells_prompt else (),
+            prompt_logprobs=tuple(state.prompt_logprobs) if tells_logprobs else None,
+            prompt_tokens=self._prompt_tokens() if tells_logprobs or (is_first and self._tells_prompt) else (),
         )
+
+    @property
+    def _tells_prompt(self) -> bool:
+        return self._state.params.return_prompt_tokens
+
+    def _prompt_tokens(self) -> tuple[PromptToken, ...]:
+        """Of what was sent: of an encoder–decoder the source, unless log probabilities of the decoder's are told."""
+        state = self._state
+        ids = state.lead.prompt_ids if state.prompt_logprobs else state.source_ids or state.lead.prompt_ids
+        return prompt_tokens(ids, state.params, self._tokenizer)
 
     def _is_due(self) -> bool:
         if not self._state.request.stream or self._state.params.is_beam:
@@ -124,9 +134,9 @@ class RequestOutput:
         return self._texts[sequence].release(sequence.is_finished)
 
 
-def prompt_tokens(sequence: Sequence, tokenizer: Tokenizer) -> tuple[PromptToken, ...]:
-    """Every token of the prompt of ``sequence`` with the text that it adds."""
-    pairs = zip(sequence.prompt_ids, texts_of(sequence.prompt_ids, sequence.params, tokenizer), strict=True)
+def prompt_tokens(ids: Items[int], params: SamplingParams, tokenizer: Tokenizer) -> tuple[PromptToken, ...]:
+    """Every token of a prompt with the text that it adds."""
+    pairs = zip(ids, texts_of(ids, params, tokenizer), strict=True)
     return tuple(PromptToken(token_id, tokenizer.token_text(token_id), text) for token_id, text in pairs)
 
 

@@ -103,8 +103,8 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "request_metrics",
         "TYPE_STRING",
         (1,),
-        "JSON: queue_s, prefill_s, decode_s, cached_tokens, preemptions, accepted_draft_tokens, engine_uptime_s, "
-        "digest",
+        "JSON: num_sequences, queue_s, prefill_s, decode_s, cached_tokens, preemptions, accepted_draft_tokens, "
+        "engine_uptime_s, digest",
     ),
     TensorSpec(
         "prompt_logprobs",
@@ -116,7 +116,8 @@ OUTPUTS: tuple[TensorSpec, ...] = (
         "prompt_tokens",
         "TYPE_STRING",
         (1,),
-        "with prompt_logprobs: JSON list, {token_id, decoded_token, text} per prompt token; texts join to the prompt",
+        "with prompt_logprobs or return_prompt_tokens, once: JSON list, {token_id, decoded_token, text} per token of "
+        "the prompt; texts join to the prompt",
     ),
     TensorSpec("sequence_scores", "TYPE_FP32", (-1,), "beams: cumulative_logprob / length ** length_penalty"),
 )
@@ -265,6 +266,7 @@ def response_tensors(request: GenerateRequest, response: GenerateResponse) -> di
         tensors["prompt_logprobs"] = [
             json.dumps([token and _logprobs_json(token) for token in response.prompt_logprobs])
         ]
+    if response.prompt_tokens:
         tensors["prompt_tokens"] = [json.dumps([dataclasses.asdict(token) for token in response.prompt_tokens])]
     if request.return_metrics and response.finished:
         tensors["request_metrics"] = [json.dumps(dict(response.metrics))]

@@ -6,7 +6,6 @@ What can never succeed is refused with InvalidRequest.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from triton_backend.adapter_manager import AdapterRef
@@ -20,6 +19,8 @@ from triton_backend.sequence import RequestState, ResponseSink
 from triton_backend.tokenizer import Tokenizer
 
 MAX_PROBE_TOKENS = 16
+QUICK_CHARS = 50_000
+"""A longer text takes 10 ms and more to be tokenized, a new grammar up to seconds to be compiled."""
 MAX_END_TOKENS_OF_BEAMS = 64
 
 
@@ -35,10 +36,13 @@ class RequestIntake:
         self._grammars = grammars
         self._adapters = adapters
 
-    def prepare(self, request: GenerateRequest, sink: ResponseSink) -> RequestState:
+    def is_quick(self, request: GenerateRequest) -> bool:
+        grammar = request.params.grammar
+        return len(request.text or "") <= QUICK_CHARS and (grammar is None or self._grammars.has(grammar))
+
+    def prepare(self, request: GenerateRequest, sink: ResponseSink, arrived_s: float) -> RequestState:
         """Raises InvalidRequest naming what is wrong, its value and what is allowed."""
         params, model = request.params, self._model
-        arrived_s = time.monotonic()
         input_ids = self._input_ids(request)
         self._check_input(request, input_ids)
         prompt_ids = input_ids

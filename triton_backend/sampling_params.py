@@ -58,6 +58,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_prompt_tokens: bool = False
     truncate_prompt_tokens: int | None = None
     decoder_input_ids: tuple[int, ...] = ()
     priority: int = 0
@@ -95,7 +96,10 @@ class SamplingParams:
             field_name = ALIASES.get(name, name)
             if field_name in FIELDS and value is not None:
                 parsed = FIELDS[field_name].parse(name, value)
-                if given.setdefault(field_name, parsed) != parsed:
+                known = given.get(field_name)
+                if known in _NOTHING:
+                    given[field_name] = parsed
+                elif parsed not in _NOTHING and parsed != known:
                     raise InvalidRequest(
                         f"{name} has value {shown(value)}, but it is {field_name}, which is given as "
                         f"{shown(given[field_name])}; give one of them"
@@ -131,6 +135,8 @@ def _wants_beam_search(values: Mapping[str, Any]) -> bool:
     return flag is not None and Flag().parse("use_beam_search", flag) is True
 
 
+_NOTHING = (None, ())
+"""Parsed values that ask for nothing, as an empty list of stop strings."""
 _SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 """Parameters that only sampling uses, with the values that change nothing."""
 
@@ -210,6 +216,7 @@ FIELDS: dict[str, Number | Flag | Text | Texts | TokenIds | Biases] = {
     "skip_special_tokens": Flag(),
     "logprobs": Number(int, 0, 64),
     "prompt_logprobs": Number(int, 0, 64),
+    "return_prompt_tokens": Flag(),
     "truncate_prompt_tokens": Number(int, -1, LARGE),
     "decoder_input_ids": TokenIds(),
     "priority": Number(int, -1000, 1000),

@@ -119,7 +119,9 @@ class Scheduler:
         """Whether there is no place for ``state``: neither in a row nor in the queue behind the rows."""
         if state.request.health_probe:
             return len(self._probes) >= MAX_PROBES
-        return len(self._waiting) >= self._config.max_queue_size + self._cache.num_free
+        # Who was preempted has been let in already.
+        num_new = sum(not waiting.num_preemptions for waiting in self._waiting)
+        return num_new >= self._config.max_queue_size + self._cache.num_free
 
     def states(self) -> Iterator[RequestState]:
         yield from (*self._probes, *self._running, *self._prefilling, *self._waiting)

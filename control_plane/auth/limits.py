@@ -42,10 +42,11 @@ log = structlog.get_logger(__name__)
 
 
 class RateLimits:
-    """The counters of one web process, shared by its threads; ``who`` is asked for whoever sent the current request.
+    """The counters of one web process, shared by its threads.
 
-    Requests are counted by Flask-Limiter before every view. Tokens and failed logins are known only afterwards, so
-    views ask for what is left, and spend.
+    ``who`` is asked for whoever sent the current request, and answers None if it costs nobody one. Requests are counted
+    by Flask-Limiter before every view. Tokens and failed logins are known only afterwards, so views ask for what is
+    left, and spend.
     """
 
     def __init__(self, app: Flask, settings: Settings, who: Callable[[], Principal | None]) -> None:

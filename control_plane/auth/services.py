@@ -11,7 +11,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import structlog
-from flask import g, request
+from flask import current_app, g, request
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 
@@ -122,6 +122,15 @@ def known_principal() -> Principal | None:
         return identify()
     except (ControlPlaneError, *UNREACHABLE):
         return None
+
+
+def known_payer() -> Principal | None:
+    """Whose requests of this minute the current one is among: what is public costs nobody any.
+
+    The index page asks for its state every few seconds, with the key that somebody typed into it.
+    """
+    view = current_app.view_functions.get(request.endpoint or "")
+    return None if view is None or role_of(view) is None else known_principal()
 
 
 def require_key(role: str, *scopes: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

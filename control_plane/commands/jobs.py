@@ -99,7 +99,7 @@ def retry(job_id: JobId, as_json: AsJson = False) -> None:
     """Run a failed or cancelled job again, from its last finished step on, and follow it."""
     with connected() as llmos:
         # Only what is said from now on.
-        after = max((event["id"] for event in llmos.job_events(job_id)), default=0)
+        after = llmos.last_event_id(job_id)
         llmos.retry_job(job_id)
         follow(llmos, job_id, after, as_json=as_json)
 

@@ -46,7 +46,8 @@ class Choice:
         """
         self.text = text
         offset = 0
-        for token, alternatives in zip(response.prompt_tokens, response.prompt_logprobs or (), strict=True):
+        logprobs = response.prompt_logprobs or [None] * len(response.prompt_tokens)
+        for token, alternatives in zip(response.prompt_tokens, logprobs, strict=True):
             shown = alternatives and best(alternatives, num_best)
             self.tokens.append(ShownToken(token.decoded_token, min(offset, len(text)), shown))
             offset += len(token.text)
@@ -82,9 +83,12 @@ class Usage:
         self._prompt_tokens = [0] * num_prompts
         self._cached_tokens = [0] * num_prompts
         self._completion_tokens = [0] * num_prompts
+        self.num_sequences = 0
+        """Candidates per prompt, as the engine says with its last response: a model's defaults may ask for beams."""
 
     def add(self, prompt: int, response: GenerateResponse) -> None:
         self._prompt_tokens[prompt] = response.num_input_tokens or self._prompt_tokens[prompt]
+        self.num_sequences = int(response.metrics.get("num_sequences", self.num_sequences))
         self._cached_tokens[prompt] = int(response.metrics.get("cached_tokens", self._cached_tokens[prompt]))
         self._completion_tokens[prompt] += sum(len(output.token_ids) for output in response.outputs)
 

@@ -94,7 +94,7 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    prompt_logprobs: Annotated[int, Field(strict=False)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=64)] | None = None
     return_token_ids: bool | None = None
     user: str | None = None
 
@@ -106,10 +106,11 @@ class CompletionRequest(BaseModel):
         values["max_tokens"] = 1 if self.is_prompt_only else self._max_tokens
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
-        if self.needs_prompt_tokens or self.prompt_logprobs is not None:
-            # With their log probabilities, if only of themselves, the engine tells of the prompt's tokens.
-            of_echo = self.logprobs if self.echo else None
-            values["prompt_logprobs"] = max(self.prompt_logprobs or 0, of_echo or 0)
+        if self.needs_prompt_tokens:
+            values["return_prompt_tokens"] = True
+        asked = [num for num in (self.prompt_logprobs, self.logprobs if self.echo else None) if num is not None]
+        if asked:
+            values["prompt_logprobs"] = max(asked)
         return {name: value for name, value in values.items() if name in _ENGINE_PARAMETERS and value is not None}
 
     @property

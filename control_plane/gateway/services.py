@@ -140,7 +140,7 @@ class Completion:
         return text
 
     def _charge(self, index: int, prompt: Prompt) -> int:
-        num_candidates = self._params.num_sequences
+        num_candidates = max(self._params.num_sequences, self._usage.num_sequences)
         if self._has_begun(index):
             prompt_tokens, completion_tokens = self._usage.of_prompt(index)
             return prompt_tokens + -(-completion_tokens * num_candidates // self._n)

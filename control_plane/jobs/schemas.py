@@ -49,6 +49,7 @@ class SubmitHeaders(BaseModel):
 class EventQuery(BaseModel):
     limit: Annotated[int, Field(ge=1, le=MAX_EVENTS), FROM_DIGITS] = Field(200, description="most events to give")
     after: EventId | None = Field(None, description="the id of the last event that is known already")
+    newest: Annotated[bool, FROM_JSON] = Field(False, description="the last `limit` events instead of the first")
 
 
 class EventHeaders(BaseModel):

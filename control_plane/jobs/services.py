@@ -185,8 +185,15 @@ def running_job(queues: Sequence[str]) -> str | None:
 
 
 def events(job_id: str, after: int, limit: int) -> list[JobEvent]:
+    """The first ones with an id above ``after``."""
     query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.id > after).order_by(JobEvent.id).limit(limit)
     return list(db.session.scalars(query))
+
+
+def newest_events(job_id: str, limit: int) -> list[JobEvent]:
+    """The last ones, in order."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.id.desc()).limit(limit)
+    return list(db.session.scalars(query))[::-1]
 
 
 def cancel(job_id: str) -> Job:

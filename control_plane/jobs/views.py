@@ -107,6 +107,8 @@ def list_events(job_id: str, query: EventQuery, headers: EventHeaders) -> dict[s
         response.headers["Cache-Control"] = "no-cache"
         response.headers["X-Accel-Buffering"] = "no"
         return response
+    if query.newest:
+        return page(services.newest_events(job_id, query.limit), query.limit, event_out)
     return page(services.events(job_id, query.after or 0, query.limit + 1), query.limit, event_out)
 
 

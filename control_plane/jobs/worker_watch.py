@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -113,13 +113,21 @@ class WorkerWatch:
 
 
 def read(settings: Settings) -> Mapping[str, QueueState]:
-    """The state of every queue, as it was last written."""
+    """The state of every queue, as it was last written; what was written long ago says nothing of now."""
     try:
         found = json.loads(_path(settings).read_text(encoding="utf-8"))
         written = {queue: QueueState(**state) for queue, state in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         written = {}
-    return {queue: written.get(queue, QueueState()) for queues in WORKERS.values() for queue in queues}
+    return {queue: _as_of_now(written.get(queue, QueueState())) for queues in WORKERS.values() for queue in queues}
+
+
+def _as_of_now(state: QueueState) -> QueueState:
+    age_s = time.time() - (state.answered_at or 0.0)
+    if not state.is_answered or age_s <= SILENCE_LIMIT_S:
+        return state
+    detail = f"it was last asked {age_s:.0f} s ago; see the log of the reconciler"
+    return replace(state, is_answered=False, detail=detail)
 
 
 def _write(settings: Settings, states: Mapping[str, QueueState]) -> None:

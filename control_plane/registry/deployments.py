@@ -249,6 +249,8 @@ def _target(
     waiting: Mapping[str, Deployment],
 ) -> Version:
     if kind == "withdraw":
+        if production is None and waiting:
+            return next(iter(waiting.values())).version
         if production is None:
             raise Conflict(
                 f"model {model.name!r} is not served: it has no production version; there is nothing to withdraw"

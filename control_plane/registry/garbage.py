@@ -40,6 +40,7 @@ from control_plane.triton import TritonClient
 ARTIFACT, INSTALLED, EXPORT, LEFTOVER = "artifact", "installed", "export", "leftover"
 VERSION_FOLDER = re.compile(r"[1-9][0-9]{0,8}")
 HALF_MADE = re.compile(r"\..+\.(?:staged|removed|fetched)-([0-9]{1,9})")
+EXPORTED = re.compile(rf"({JOB_ID.pattern})|\.({JOB_ID.pattern})\.staging\.\w+")
 LEFTOVER_S = 3600.0
 """In another container a process has another number; nothing of ours is half-made for so long."""
 DAY_S = 86400.0
@@ -136,10 +137,11 @@ class Collector:
                 yield Garbage(EXPORT, str(folder), model_directory.size_bytes(folder))
 
     def _is_old_export(self, folder: Path, jobs: list[needs.JobNeeds]) -> bool:
-        """A folder with another name is a person's own."""
-        if not JOB_ID.fullmatch(folder.name) or _age_s(folder) < self._settings.garbage_days * DAY_S:
+        """What a job exported, whole or half; a folder with another name is a person's own."""
+        match = EXPORTED.fullmatch(folder.name)
+        if match is None or _age_s(folder) < self._settings.garbage_days * DAY_S:
             return False
-        return not any(job.job_id == folder.name or job.names(str(folder)) for job in jobs)
+        return not any(job.job_id in match.groups() or job.names(str(folder)) for job in jobs)
 
     def _leftovers(self) -> Iterator[Garbage]:
         folders = (*self._settings.model_repository.glob("*/.*"), *self._settings.checkpoints_dir.glob(".*"))

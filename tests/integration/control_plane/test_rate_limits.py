@@ -91,6 +91,14 @@ def test_a_key_has_its_requests_over_all_routes_and_no_more(app, settings):
     assert client.get("/api/v1/jobs").status_code == 200
 
 
+def test_what_is_public_costs_no_requests(app):
+    """The index page asks for its state again and again, with the key that somebody typed into it."""
+    client = client_of(app, requests_per_minute=2)
+    for path in ("/", "/status", "/health/live", "/status"):
+        assert client.get(path).status_code == 200
+    assert statuses(lambda: client.get("/api/v1/jobs"), 3) == [200, 200, 429]
+
+
 def test_openais_client_sees_its_own_exception(app):
     key = client_of(app, requests_per_minute=1).environ_base["HTTP_AUTHORIZATION"].removeprefix("Bearer ")
     http = httpx.Client(transport=httpx.WSGITransport(app), base_url="http://llmos/v1")

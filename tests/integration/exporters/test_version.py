@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,16 +199,20 @@ def test_a_folder_whose_manifest_cannot_be_read_is_never_replaced(tmp_path: Path
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next_one_of_the_same_output(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left, living = tmp_path / f".out.{ended.pid}.k3f9x2_a", tmp_path / f".out.{os.getppid()}.k3f9x2_a"
-    other = tmp_path / f".output.{ended.pid}.k3f9x2_a"
-    for folder in (left, living, other):
-        folder.mkdir()
-        (folder / "model.onnx").write_text("half")
-    with staged(tmp_path / "out", overwrite=False) as folder:
-        assert folder.name.startswith(f".out.{os.getpid()}.")
-    assert sorted(tmp_path.iterdir()) == sorted([living, other, tmp_path / "out"])
+    script = "from exporters.version import staged; from pathlib import Path; import os\n"
+    script += f"with staged(Path({str(tmp_path / 'out')!r}), False): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    (other := tmp_path / ".output.staging.k3f9x2_a").mkdir()
+    with staged(tmp_path / "out", overwrite=False) as living:
+        assert not left.exists() and other.exists()
+        with pytest.raises(OutputExists), staged(tmp_path / "out", overwrite=False):
+            # At the same time, as from another container on the same volume.
+            assert living.exists()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "taken").write_text("")
+        shutil.rmtree(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "out"])
 
 
 def test_settings_that_nobody_honours_are_a_warning(

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from triton_backend.engine import Stop
 from triton_backend.errors import InvalidRequest
 from triton_backend.loading import load_engine
 from triton_backend.protocol import GenerateRequest
@@ -335,19 +336,46 @@ def test_an_engine_that_cannot_even_free_rows_answers_everybody_and_whoever_come
     answers.append(client.submit([9], max_tokens=1))
     for answer in answers:
         error = answer.last().error
-        assert error == "UNAVAILABLE: the engine cannot go on: device lost; it must be loaded again", error
+        # No code of an engine that is alive: a probe must fail.
+        assert error == "INTERNAL: the engine cannot go on: device lost; it must be loaded again", error
     engine.stop()
+    assert not engine._thread.is_alive()
 
 
-def test_a_request_that_cannot_be_taken_is_answered(client, monkeypatch):
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_an_engine_that_breaks_while_it_is_stopped_stops_and_answers_everybody(version, monkeypatch, is_failing):
+    engine, _ = load_engine(version, is_started=False)
+    client = Client(engine, None)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("device lost")
+
+    answers = [client.submit([5, i], max_tokens=200, ignore_eos=True) for i in range(3)]
+    engine._receive()
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(engine._runner, "free_row", broken)
+    monkeypatch.setattr(engine._runner, "warm_up", lambda: None)
+    answers[0].gone = is_failing
+    engine._inbox.put(Stop())
+    answers.append(client.submit([9], max_tokens=1))
+    engine.start()
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+    assert all(answer.last().error for answer in answers)
+
+
+def test_a_request_that_cannot_be_taken_is_answered_and_nobody_else_fails(client, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no memory")
 
+    running = client.submit("The", stream=True, **LONG)
+    next(iter(running))
     with monkeypatch.context() as patch:
         patch.setattr("triton_backend.engine.RequestOutput", broken)
         error = client.ask("The", max_tokens=3).error
     assert error == "INTERNAL: the engine failed while it took this request: no memory"
-    assert client.ask("The", max_tokens=3).error is None
+    assert running.last().error is None
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(client, monkeypatch):

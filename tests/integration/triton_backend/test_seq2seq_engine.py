@@ -209,6 +209,12 @@ def test_log_probabilities_equal_the_original_model(client, model):
             assert math.isclose(alternative.logprob, row[alternative.token_id], abs_tol=1e-2)
 
 
+def test_the_tokens_of_a_source_are_told(client):
+    response = client.ask(source_of(9, 20), max_tokens=1, return_prompt_tokens=True, decoder_input_ids=[30, 40])
+    assert [token.token_id for token in response.prompt_tokens] == source_of(9, 20)
+    assert response.prompt_logprobs is None
+
+
 def test_a_source_has_no_log_probabilities_but_a_begun_output_has(client):
     with pytest.raises(InvalidRequest, match="prompt_logprobs has value 0, but the source text"):
         client.ask(source_of(9, 20), max_tokens=1, prompt_logprobs=0)

@@ -133,7 +133,8 @@ def test_echo_with_logprobs_tells_of_the_prompts_tokens_first(client, triton):
     assert choice["logprobs"]["token_logprobs"] == [None, -0.25, -0.25, -0.25, -0.5, -0.5]
     assert choice["logprobs"]["top_logprobs"][:2] == [None, {"\ufffd": -0.25, "other1": -1}]
     assert choice["logprobs"]["text_offset"] == [0, 3, 3, 5, 9, 12]
-    assert triton.calls[0].sampling == {"max_tokens": 2, "logprobs": 1, "prompt_logprobs": 1}
+    sampling = {"max_tokens": 2, "logprobs": 1, "prompt_logprobs": 1, "return_prompt_tokens": True}
+    assert triton.calls[0].sampling == sampling
 
 
 def test_streamed_echo_with_logprobs_joins_to_the_whole_answer(client):
@@ -189,6 +190,12 @@ def test_prompt_logprobs_are_vllms_list(client):
     assert others == [{"1": chosen, "1001": {**likeliest, "decoded_token": "other1"}}]
     *chunks, _ = events(complete(client, prompt_logprobs=1, stream=True))
     assert [len(chunk["choices"][0].get("prompt_logprobs", [])) for chunk in chunks] == [2, 0, 0]
+
+
+@pytest.mark.parametrize("value", [-1, 65, True, "1"])
+def test_prompt_logprobs_that_are_no_number_of_them_are_refused(client, value):
+    answer = complete(client, prompt_logprobs=value)
+    assert answer.status_code == 400 and "prompt_logprobs" in answer.get_json()["error"]["message"]
 
 
 def test_echo_and_prompt_logprobs_each_show_as_many_as_were_asked_for(client):

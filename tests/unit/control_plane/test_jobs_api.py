@@ -10,7 +10,7 @@ from control_plane.auth.services import create_key
 from control_plane.auth.tables import AuditEvent
 from control_plane.client import ApiError, ControlPlane
 from control_plane.extensions import db
-from control_plane.jobs.tables import SUCCEEDED, Job
+from control_plane.jobs.tables import SUCCEEDED, Job, JobEvent
 
 pytestmark = pytest.mark.unit
 
@@ -243,6 +243,17 @@ def test_pages_cover_every_job_once(client, llmos):
             break
         before = f"&before={seen[-1]}"
     assert seen == ids[::-1]
+
+
+def test_the_newest_events_are_the_last_ones_in_order(app, client, llmos):
+    job_id = llmos.submit_job("export", EXPORT)["id"]
+    assert llmos.last_event_id(job_id) == 0
+    with app.app_context():
+        db.session.add_all(JobEvent(job_id=job_id, attempt=1, event={"event": "log", "n": n}) for n in range(5))
+        db.session.commit()
+    page = client.get(f"/api/v1/jobs/{job_id}/events?newest=true&limit=2").json
+    assert [event["n"] for event in page["data"]] == [3, 4]
+    assert llmos.last_event_id(job_id) == page["data"][-1]["id"]
 
 
 def test_an_ended_job_is_not_cancelled(app, llmos):

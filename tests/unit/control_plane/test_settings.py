@@ -58,11 +58,14 @@ def test_relative_paths_are_relative_to_the_project_folder(tmp_path, monkeypatch
     settings = Settings.from_environment({"LLMOS_HOME": "data", "LLMOS_TRUSTED_KEYS": str(tmp_path / "keys")})
     assert settings.home == PROJECT_ROOT / "data"
     assert settings.trusted_keys == tmp_path / "keys"
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SettingsError, match="LLMOS_HOME has value 'data'; expected an absolute path, since .* exists"):
+        Settings.from_environment({"LLMOS_HOME": "data"})
 
 
 @pytest.mark.parametrize(
     "name",
-    ["LLMOS_SERVICE_HOST", "LLMOS_SERVICE_PORT_HTTP", "LLMOS_PORT", "LLMOS_PORT_8080_TCP", "LLMOS_PORT_8080_TCP_ADDR"],
+    ["LLMOS_SERVICE_HOST", "LLMOS_SERVICE_PORT_HTTP", "LLMOS_PORT", "LLMOS_DB_PORT", "LLMOS_PORT_8080_TCP_ADDR"],
 )
 def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(name):
     assert Settings.from_environment({name: "tcp://10.0.0.1:8080"}) == Settings.from_environment({})

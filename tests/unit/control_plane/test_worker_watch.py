@@ -72,6 +72,14 @@ def test_answers_are_shown_on_the_page_in_the_health_and_as_a_metric(client, set
     )
 
 
+def test_what_was_heard_long_ago_is_no_answer(client, settings, watch, monkeypatch):
+    watch.look()
+    hour_later = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 3600)
+    monkeypatch.setattr(worker_watch, "time", hour_later)
+    assert not any(state.is_answered for state in read(settings).values())
+    assert "it was last asked 3600 s ago" in read(settings)["cpu"].detail
+
+
 def test_a_silent_queue_keeps_the_time_of_its_last_answer(client, settings, watch, workers):
     watch.look()
     before = read(settings)["cpu"].answered_at

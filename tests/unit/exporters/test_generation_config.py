@@ -56,6 +56,11 @@ def test_defaults_are_numbers_of_the_engine_s_kinds(tmp_path: Path) -> None:
     assert generation_defaults(load_generation_config(found), found) == {"top_k": 50, "beam_width": 4}
 
 
+def test_a_number_may_stand_for_true(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, "generation_config.json", num_beams=4, early_stopping=1)
+    assert generation_defaults(load_generation_config(found), found) == {"beam_width": 4, "early_stopping": True}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"), [("temperature", "hot", "a number"), ("num_beams", 1.5, "a whole number")]
 )
@@ -74,6 +79,12 @@ def test_what_the_engine_does_not_do_is_listed(tmp_path: Path) -> None:
     given = {"min_length": 10, "encoder_no_repeat_ngram_size": 0, "bad_words_ids": [[5], [2, 3]]}
     settings = load_generation_config(checkpoint(tmp_path, "generation_config.json", **given))
     assert ignored_settings(settings) == {"min_length": 10, "bad_words_ids": [[2, 3]]}
+
+
+def test_a_setting_that_is_an_object_is_told_as_json(tmp_path: Path) -> None:
+    found = checkpoint(tmp_path, "generation_config.json", watermarking_config={"bias": 2.0})
+    told = ignored_settings(load_generation_config(found))
+    assert json.loads(json.dumps(told))["watermarking_config"]["bias"] == 2.0
 
 
 def test_settings_that_transformers_cannot_read_are_named(tmp_path: Path) -> None:

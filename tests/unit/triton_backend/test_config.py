@@ -73,7 +73,6 @@ def test_an_encoder_decoder_without_room_for_a_source_is_refused(tmp_path):
         ("model", "layers", [], "layers is empty"),
         ("model", "kind", "decoder-only", "kind has value 'decoder-only'; expected one of decoder, encoder_decoder"),
         ("model", "kind", "encoder_decoder", "encoder_graph has value None; an encoder_decoder model needs it"),
-        ("model", "generation_defaults", {"temperature": "hot"}, 'generation_defaults: temperature has value "hot"'),
         ("model", "generation_defaults", {"num_beams": 4}, "generation_defaults has 'num_beams'; expected names of"),
         ("model", "vocabulary", 1, "unknown ModelConfig key 'vocabulary'"),
     ],
@@ -86,6 +85,14 @@ def test_a_bad_value_is_a_load_failure_that_names_it(tmp_path, part, key, value,
     with pytest.raises(VersionFolderError) as caught:
         VersionConfig.read(tmp_path)
     assert said in str(caught.value) and "model.json" in str(caught.value)
+
+
+def test_a_default_that_no_request_may_have_is_left_out(tmp_path):
+    CONFIG.write(tmp_path)
+    document = json.loads((tmp_path / "model.json").read_text())
+    document["model"]["generation_defaults"] = {"top_p": 1.5, "top_k": 7, "temperature": "hot"}
+    (tmp_path / "model.json").write_text(json.dumps(document))
+    assert VersionConfig.read(tmp_path).model.generation_defaults == {"top_k": 7}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}', '{"format": 2, "model": 3}'])

@@ -180,6 +180,15 @@ def test_no_more_rows_are_taken_out_than_the_cache_has():
     assert num_out == [0, 2, 2, 2, 2]
 
 
+def test_who_was_preempted_takes_no_place_in_the_queue():
+    scheduler = DrivenScheduler(config(max_num_seqs=2, max_num_batched_tokens=64, max_queue_size=2))
+    for priority in (5, 0):
+        for _ in range(2):
+            scheduler.add(request(3, priority=priority))
+        run(scheduler, scheduler.schedule())
+    assert scheduler.num_waiting == 2 and not scheduler.is_full(request(3))
+
+
 def test_sources_share_a_step_only_as_far_as_its_budget_goes():
     scheduler = DrivenScheduler(config())
     states = [source(num_source_tokens) for num_source_tokens in (3, 3, 1)]

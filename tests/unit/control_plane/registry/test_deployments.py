@@ -140,6 +140,15 @@ def test_a_deployment_that_waits_can_be_called_off(chat, llmos, say, tmp_path):
     assert llmos.deploy("chat", "rollback")["version"] == 1, "what was called off was never served"
 
 
+def test_a_first_promotion_can_be_called_off(app, llmos, say, tmp_path):
+    services.register("chat", sealed(tmp_path / "a", "a"))
+    waiting = llmos.deploy("chat", "promote", 1)
+    assert llmos.deploy("chat", "withdraw")["state"] == "UpToDate"
+    deployments.advance(say(LOADED, Place("chat", 1)), WARM)
+    assert llmos.deployment("chat", waiting["id"])["state"] == "Superseded"
+    assert (aliases(llmos), deployments.intents()) == ({}, [])
+
+
 def test_withdrawing_calls_off_everything_that_waits(chat, llmos, say):
     waiting = llmos.deploy("chat", "canary", 2, weight=10)
     llmos.deploy("chat", "withdraw")
