@@ -59,7 +59,7 @@ def test_relative_paths_are_relative_to_the_project_folder(tmp_path, monkeypatch
     assert settings.home == PROJECT_ROOT / "data"
     assert settings.trusted_keys == tmp_path / "keys"
     (tmp_path / "data").mkdir()
-    with pytest.raises(SettingsError, match="LLMOS_HOME has value 'data'; expected an absolute path, since .* exists"):
+    with pytest.raises(SettingsError, match=r"LLMOS_HOME has value 'data'; expected an absolute path, since .* exists"):
         Settings.from_environment({"LLMOS_HOME": "data"})
 
 
