@@ -306,7 +306,7 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_others_finish(st
     outcomes = [results.get() for _ in range(600)]
     refused = [outcome for outcome in outcomes if outcome != "ok"]
     assert outcomes.count("ok") >= 256
-    assert all("UNAVAILABLE: 256 requests are waiting already" in outcome for outcome in refused)
+    assert all("requests are waiting already (max_queue_size = 256)" in outcome for outcome in refused)
     wait_until_idle(stack, limit_s=1)
 
 
