@@ -100,8 +100,8 @@ class EndedJob:
     def collect_garbage(self, dry_run: bool) -> dict:
         return self._job
 
-    def job_events(self, job_id: str) -> list[dict]:
-        return []
+    def last_event_id(self, job_id: str) -> int:
+        return 0
 
     def follow_job(self, job_id: str, after: int) -> list[dict]:
         return EVENTS
