@@ -265,13 +265,18 @@ class Scheduler:
         return (PrefillChunk(state, 0, state.num_prompt_tokens),)
 
     def _plan_prefills(self, num_decodes: int) -> tuple[PrefillChunk, ...]:
-        """The most urgent first. While streams are running, which wait for the whole step, every request whose prompt
-        is being computed has a share of its own: one long prompt is slowed down, many new requests are not."""
+        """The most urgent first. While streams are running, which wait for the whole step, it has a share of tokens for
+        every request whose prompt is being computed. Who can finish with what is left of them takes it, since long
+        chunks cost less per token; who cannot has its own share and no more, so that a long prompt delays nobody.
+        """
         budget = self._config.max_num_batched_tokens - num_decodes
         share = self._config.long_prefill_token_threshold if num_decodes else budget
+        budget = min(budget, share * len(self._prefilling))
         chunks: list[PrefillChunk] = []
         for state in sorted(self._prefilling, key=_urgency):
-            chunk = self._next_chunk(state, min(budget, share), is_first=not chunks) if budget > 0 else None
+            limit = budget if state.lead.num_prefill_tokens_left <= budget else share
+            fits = 0 < limit <= budget or (budget > 0 and not chunks)
+            chunk = self._next_chunk(state, min(limit, budget), is_first=not chunks) if fits else None
             if chunk is None:
                 break
             chunks.append(chunk)

@@ -66,7 +66,19 @@ def test_a_short_urgent_prompt_does_not_wait_for_a_long_one():
         plan = scheduler.schedule()
         chunks.append([(chunk.state, chunk.length) for chunk in plan.prefills])
         run(scheduler, plan)
-    assert chunks == [[(urgent, 4), (long, 4)], [(urgent, 2), (long, 4)]]
+    assert chunks == [[(urgent, 6)]]
+
+
+def test_a_long_prompt_that_came_before_does_not_delay_short_ones():
+    scheduler = DrivenScheduler(config(max_num_batched_tokens=40, long_prefill_token_threshold=4))
+    stream, long, *short = request(2), request(200), request(7), request(6), request(9)
+    scheduler.add(stream)
+    run(scheduler, scheduler.schedule())
+    for state in (long, *short[:2]):
+        scheduler.add(state)
+    plan = scheduler.schedule()
+    # 12 tokens for three: the long one has its share, the first that can finish with the rest does, in one chunk.
+    assert [(chunk.state, chunk.length) for chunk in plan.prefills] == [(long, 4), (short[0], 7)]
 
 
 def scheduler_has_finished_prefill(state):
