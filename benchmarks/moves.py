@@ -8,21 +8,16 @@ for it until the last answer begins that the version before gives. Written to be
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 import httpx
 
+from benchmarks.installation import settings_and_key, spread, write
 from control_plane.client import ControlPlane
-from control_plane.secrets import local_api_key
-from control_plane.settings import Settings
 
-RESULTS = Path(__file__).parent / "results"
 BODY = {"prompt": "The import", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "stream": True}
 SETTLE_S = 1.0
 VERSION_HEADER = "X-Model-Version"
@@ -95,29 +90,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--moves", type=int, default=20)
     parser.add_argument("--clients", type=int, default=16)
     given = parser.parse_args(arguments)
-    settings = Settings.from_environment()
-    key = settings.api_key or local_api_key(settings)
-    if key is None:
-        raise SystemExit("there is no API key; run llmos up first, or set LLMOS_API_KEY")
+    settings, key = settings_and_key()
     versions = (given.versions[0], given.versions[1])
     with ControlPlane(settings.web_url, key) as llmos:
         # As a canary without requests the second version is loaded before anything is measured.
         llmos.wait_deployment(given.model, llmos.deploy(given.model, "canary", versions[1], weight=0)["id"])
         with Streams(settings.web_url, key, given.model, given.clients) as streams:
             moves = measure(llmos, streams, given.model, versions, given.moves)
-    ordered = sorted(moves)
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "moves_s": [round(move, 4) for move in moves],
-        "p50_s": round(statistics.median(ordered), 4),
-        "p95_s": round(ordered[max(0, -(-len(ordered) * 95 // 100) - 1)], 4),
+        **spread(moves),
         "clients": given.clients,
         "answers": len(streams.answers),
         "errors": len(streams.errors),
     }
-    path = RESULTS / f"moves-{result['date'][:10]}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2), *streams.errors[:5], sep="\n")
+    write("moves", result)
+    print(*streams.errors[:5], sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,29 +8,25 @@ whose heavy worker is idle. Written to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from benchmarks.installation import settings_and_key, spread, write
 from control_plane import create_app, upgrade_database
 from control_plane.auth.services import create_key
 from control_plane.client import ControlPlane
 from control_plane.extensions import db
 from control_plane.registry.tables import Model, Version
-from control_plane.secrets import local_api_key
 from control_plane.settings import Settings
 from control_plane.supervision import SupervisorClient
 from control_plane.triton_fake import FakeTriton
 
-RESULTS = Path(__file__).parent / "results"
 NUM_VERSIONS = 10_000
 NUM_MODELS = 100
 """All but one have few versions; the last one has half of them."""
@@ -42,12 +38,6 @@ LISTS = {
 CERTIFICATE = {"passed": True, "num_tokens_compared": 4096, "max_logit_difference": 1.3e-5, "kl_divergence": 2e-9}
 SOURCE = {"checkpoint": "org/model", "files": {f"model-{number}.safetensors": "0" * 64 for number in range(4)}}
 START_LIMIT_S = 30.0
-
-
-def spread(waits_s: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(waits_s)
-    p95 = ordered[max(0, -(-len(ordered) * 95 // 100) - 1)]
-    return {"p50_s": round(statistics.median(ordered), 4), "p95_s": round(p95, 4), "max_s": round(ordered[-1], 4)}
 
 
 def fill_registry() -> None:
@@ -121,17 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lists", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=20)
     given = parser.parse_args(arguments)
-    settings = Settings.from_environment()
-    key = settings.api_key or local_api_key(settings)
-    if key is None:
-        raise SystemExit("there is no API key; run llmos up first, or set LLMOS_API_KEY")
+    settings, key = settings_and_key()
     result: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "num_versions": NUM_VERSIONS}
     with ControlPlane(settings.web_url, key) as llmos:
         result["job_starts"] = spread(measure_starts(llmos, settings, given.jobs))
     result["lists"] = measure_lists(given.lists)
-    path = RESULTS / f"waits-{result['date'][:10]}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    write("waits", result)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class RequestOutput:
             return None
         is_first, self._is_first = self._is_first, False
         tells_logprobs = is_first and bool(state.prompt_logprobs)
+        tells_tokens = tells_logprobs or (is_first and state.params.return_prompt_tokens)
         return GenerateResponse(
             request_id=state.request.request_id,
             outputs=outputs,
@@ -84,12 +85,8 @@ class RequestOutput:
             finished=state.is_finished,
             metrics=metrics if state.is_finished else {},
             prompt_logprobs=tuple(state.prompt_logprobs) if tells_logprobs else None,
-            prompt_tokens=self._prompt_tokens() if tells_logprobs or (is_first and self._tells_prompt) else (),
+            prompt_tokens=self._prompt_tokens() if tells_tokens else (),
         )
-
-    @property
-    def _tells_prompt(self) -> bool:
-        return self._state.params.return_prompt_tokens
 
     def _prompt_tokens(self) -> tuple[PromptToken, ...]:
         """Of what was sent: of an encoder–decoder the source, unless log probabilities of the decoder's are told."""

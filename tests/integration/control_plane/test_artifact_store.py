@@ -16,6 +16,7 @@ import pytest
 from control_plane import durable_folders
 from control_plane.artifacts import ArtifactError, ArtifactStore
 from control_plane.settings import PROJECT_ROOT
+from tests.disks import small_disk
 from triton_backend.version_folder import digest, seal
 
 pytestmark = pytest.mark.integration
@@ -107,16 +108,11 @@ def test_after_a_power_cut_at_any_moment_what_looks_complete_is_whole(tmp_path, 
     assert seen == {False, True}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llmos-test", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("is_seen_before", [True, False], ids=["before", "in the middle"])

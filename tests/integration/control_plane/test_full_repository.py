@@ -16,6 +16,7 @@ from control_plane.registry import services
 from control_plane.registry.model_directory import ensure_installed
 from control_plane.registry.places import Place
 from control_plane.settings import Settings
+from tests.disks import small_disk
 from tests.unit.control_plane.registry.test_reconciler import (
     CANARY_2,
     CHAT_1,
@@ -34,20 +35,15 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[Settings]:
     """The model repository lies on a file system of one MiB."""
-    models = tmp_path / "models"
-    models.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llmos-test", str(models)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system needs root")
-    yield Settings.from_environment(
-        {
-            "LLMOS_HOME": str(tmp_path / "home"),
-            "LLMOS_MODEL_REPOSITORY": str(models),
-            "LLMOS_PROBE_INTERVAL_S": "0.05",
-            "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0",
-        }
-    )
-    subprocess.run(["umount", str(models)], check=True)
+    with small_disk(tmp_path / "models", "1m") as models:
+        yield Settings.from_environment(
+            {
+                "LLMOS_HOME": str(tmp_path / "home"),
+                "LLMOS_MODEL_REPOSITORY": str(models),
+                "LLMOS_PROBE_INTERVAL_S": "0.05",
+                "LLMOS_REDIS_URL": "redis://127.0.0.1:1/0",
+            }
+        )
 
 
 def fill(folder: Path) -> Path:

@@ -14,22 +14,18 @@ import pytest
 
 from exporters import ExportConfig, export
 from exporters.errors import OutOfSpace
+from tests.disks import small_disk
 
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB, smaller than the weights."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "llmos-test", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "128k") as folder:
+        yield folder
 
 
 def test_a_full_disk_leaves_nothing_behind(llama_checkpoint: Path, small_disk: Path) -> None:
