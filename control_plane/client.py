@@ -10,7 +10,6 @@ What the server refuses is raised as an ``ApiError`` that carries the server's o
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,10 @@ from urllib.parse import quote
 
 import httpx
 
-from control_plane.errors import BadRequest, ControlPlaneError
+from control_plane.api_answers import ApiError, Document, Unreachable, documents, error_of, refusal
+from control_plane.errors import BadRequest
+
+__all__ = ["ApiError", "ControlPlane", "Unreachable"]
 
 TIMEOUT_S = 30.0
 STREAM_TIMEOUT_S = 60.0
@@ -33,20 +35,6 @@ AWAY = (502, 503, 504)
 """Answers of a server, or of a proxy before it, that is not there at the moment."""
 EVENT_STREAM = "text/event-stream"
 COMPLETIONS = "/v1/completions"
-Document = dict[str, Any]
-
-
-class ApiError(ControlPlaneError):
-    """The server said no; ``status`` and ``code`` are its own."""
-
-    def __init__(self, message: str, status: int, code: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
-class Unreachable(ApiError):
-    """There is nobody to ask: what was asked was not done."""
 
 
 class ControlPlane:
@@ -187,7 +175,7 @@ class ControlPlane:
         try:
             for chunk in self._stream("POST", COMPLETIONS, json=body, timeout=GENERATE_TIMEOUT_S):
                 if "error" in chunk:
-                    raise _refusal(chunk, 502)
+                    raise refusal(chunk, 502)
                 yield from (choice["text"] for choice in chunk["choices"])
         except httpx.TransportError as error:
             raise self._no_answer(error) from None
@@ -360,16 +348,8 @@ class ControlPlane:
         with self._http.stream(method, path, **options) as response:
             if response.is_error:
                 response.read()
-                raise _error(response)
-            is_error = False
-            for line in _lines(response):
-                if line == "event: error":
-                    is_error = True
-                elif line.startswith("data: {"):
-                    document = json.loads(line.removeprefix("data: "))
-                    if is_error:
-                        raise _refusal(document, response.status_code)
-                    yield document
+                raise error_of(response)
+            yield from documents(response)
 
     def _ask(self, method: str, path: str, **options: Any) -> Document:
         try:
@@ -377,7 +357,7 @@ class ControlPlane:
         except httpx.TransportError as error:
             raise self._no_answer(error) from None
         if response.is_error:
-            raise _error(response)
+            raise error_of(response)
         try:
             document: Document = response.json() if response.content else {}
         except ValueError:
@@ -400,26 +380,3 @@ def _model_path(name: str, *parts: str | int) -> str:
 
 def _if_match(revision: int | None) -> dict[str, str]:
     return {} if revision is None else {"If-Match": f'"{revision}"'}
-
-
-def _error(response: httpx.Response) -> ApiError:
-    try:
-        return _refusal(response.json(), response.status_code)
-    except (ValueError, KeyError, TypeError):
-        message = f"{response.request.url} answered {response.status_code} and not why; is it llmos that listens there?"
-        return ApiError(message, response.status_code, "http_error")
-
-
-def _refusal(document: Document, status: int) -> ApiError:
-    """From a problem document, or from OpenAI's error object."""
-    if "error" in document:
-        return ApiError(document["error"]["message"], status, str(document["error"]["code"]))
-    return ApiError(document["detail"], document.get("status", status), document["code"])
-
-
-def _lines(response: httpx.Response) -> Iterator[str]:
-    """Those of an event stream; httpx's own also end at characters that may stand inside of JSON, as U+2028."""
-    rest = b""
-    for data in response.iter_bytes():
-        *lines, rest = (rest + data).split(b"\n")
-        yield from (line.decode() for line in lines)
